@@ -1,0 +1,208 @@
+"""The handle that `attach` returns: look, check, save, merge, detach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from petiole import context
+from petiole.junction import Slot
+from petiole.method import Method, Moment, raw
+
+if TYPE_CHECKING:
+    from petiole.attach import Host
+
+
+class Adaptation:
+    """A change attached to a model. Made by `pt.attach` and `pt.load`."""
+
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        seed: int,
+        methods: tuple[Method, ...],
+        slots: list[Slot],
+        shared: Mapping[int, nn.Module],
+        own: dict[str, Tensor],
+    ) -> None:
+        self.host, self.name, self.seed, self.methods, self.slots, self.shared = (
+            host,
+            name,
+            seed,
+            methods,
+            slots,
+            dict(shared),
+        )
+        self.own = own  # backbone tensors trained in place -> as they were
+        self.state: dict[int, dict[str, Any]] = {number: {} for number in range(len(methods))}
+        self.merged = False
+        self._kept: dict[tuple[str, str], Tensor] = {}  # what merging overwrote
+
+    def __repr__(self) -> str:
+        what = " + ".join(method.slug for method in self.methods)
+        return f"Adaptation({self.name!r}: {what} on {self.host.anatomy.model_class}, {self.trainable:,} trainable parameters)"
+
+    @property
+    def model(self) -> nn.Module:
+        return self.host.model
+
+    # ---- parameters
+
+    def named_tensors(self, folded: bool = True) -> dict[str, Tensor]:
+        """Every tensor that makes up the change, by a name that holds no module path but for the backbone's own tensors.
+
+        Args:
+            folded: as deployed, training-only devices folded away; otherwise as training needs them.
+        """
+        tensors: dict[str, Tensor] = {}
+        for slot in self.slots:
+            state = slot.delta.folded_state() if folded else slot.delta.state_dict()
+            tensors |= {f"{slot.key}:{name}": value.detach() for name, value in state.items()}
+        for number, shared in self.shared.items():
+            fold = getattr(shared, "folded_state", None) if folded else None
+            tensors |= {
+                f"{number}.shared:{name}": value.detach() for name, value in (fold or shared.state_dict)().items()
+            }
+        for name in self.own:
+            owner, _, attribute = name.rpartition(".")
+            module = self.host.module(owner)
+            tensors[f"own:{name}"] = (
+                raw(module, attribute) if attribute in module._parameters else module._buffers[attribute]
+            ).detach()  # type: ignore[union-attr]
+        return tensors
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters, each once."""
+        seen: set[int] = set()
+        modules = [*(slot.delta for slot in self.slots), *self.shared.values()]
+        backbone = dict(self.model.named_parameters())
+        for parameter in (
+            *(p for m in modules for p in m.parameters()),
+            *(backbone[n] for n in self.own if n in backbone),
+        ):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers train, the task head included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def routes(self) -> bool:
+        return all(method.routes for method in self.methods)
+
+    def moment(self, number: int, **about: Any) -> Moment:
+        """What an event of method `number` is given."""
+        deltas = {f"{s.site.key}.{s.site.side}": s.delta for s in self.slots if s.number == number}
+        from petiole.attach import site_seed
+
+        seed = site_seed(self.seed, f"{number}.moment")
+        return Moment(
+            model=self.model,
+            deltas=deltas,
+            shared=self.shared.get(number),
+            seed=seed,
+            state=self.state[number],
+            **about,
+        )
+
+    def loss_terms(self) -> list[Tensor]:
+        """The extra loss terms of this adaptation's methods, for the forward pass just done."""
+        terms = []
+        for number, method in enumerate(self.methods):
+            if method.overrides("loss"):
+                term = method.loss(self.moment(number, accumulation=self.accumulation))
+                if term is not None:
+                    terms.append(term / self.accumulation)
+        return terms
+
+    accumulation: int = 1  # micro-batches that a trainer adds up without dividing; extra loss terms are divided by it
+
+    # ---- looking and checking
+
+    def summary(self) -> str:
+        """What sits where and what it costs, as text."""
+        from petiole.report import summary
+
+        return summary(self)
+
+    def check(self, batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None) -> None:
+        """Prove on one batch that every site is called, and every delta gets a gradient and can move. Nothing is changed.
+
+        Args:
+            batch: keyword arguments of the model, labels included (or give `loss`).
+            loss: from the model's output to a scalar; the default takes `output.loss`, or the mean square of the first output.
+
+        Raises:
+            TrainingError: names the sites that were not called, or the deltas that got no gradient.
+        """
+        from petiole.proof import check
+
+        check(self, batch, loss)
+
+    # ---- on and off
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """This adaptation doesn't act inside the `with`, in this thread; others go on."""
+        host = self.host
+        names = context.current().active.get(id(host), host.active)
+        with context.entered(context.with_active(id(host), tuple(n for n in names if n != self.name))):
+            yield
+
+    def detach(self) -> nn.Module:
+        """Take the adaptation off, IN PLACE, and return the model. What was merged stays merged."""
+        from petiole.attach import detach
+
+        detach(self)
+        return self.model
+
+    # ---- merging
+
+    def merge(
+        self, *, onto: Literal["weights", "dequantised"] = "weights", check: Mapping[str, Any] | None = None
+    ) -> float | None:
+        """Fold the change into the backbone's own weights, IN PLACE: inference then costs what the bare backbone costs.
+
+        Computed in float32 and cast once. The original values are kept, so that `unmerge` gives them back bit for bit.
+
+        Args:
+            onto: "dequantised" allows merging into quantised weights by replacing them; never done unasked.
+            check: a batch; the largest change of the first output through merging is returned.
+
+        Raises:
+            AttachError: something in the adaptation does not merge; nothing has been changed.
+        """
+        from petiole.merge import merge
+
+        return merge(self, onto=onto, check=check)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit."""
+        from petiole.merge import unmerge
+
+        unmerge(self)
+
+    # ---- files
+
+    def save(self, path: str | Path, *, folded: bool = True) -> Path:
+        """Write the change to one safetensors file: atomic, digested, for this backbone only.
+
+        Raises:
+            FileError: the path can't be written, or a value is not finite; an older file there is then untouched.
+        """
+        from petiole.store import save
+
+        return save(self, Path(path), folded=folded)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the file to the Hub; `pt.load(model, "hub:owner/name")` reads it from there."""
+        from petiole.store import push
+
+        return push(self, repository, **options)

@@ -1,0 +1,119 @@
+"""What holds for one forward pass and not for the model: values given to deltas, and which adaptation acts on which row.
+
+It lives in a `ContextVar`: right per thread and per task, nested, and gone with its `with`. Three things need care.
+Recomputation under gradient checkpointing happens after the `with` has ended, so `Recall` brings the context back for it.
+Compiled code can't read a ContextVar, so code runs eagerly while a context is open. And a model inside a context is named by
+its host, so two models in one process don't see each other's.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from petiole.errors import AttachError
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Immutable; a nested `with` makes a new one.
+
+    Attributes:
+        given: host -> values by name.
+        active: host -> the adaptations that act on every row.
+        rows: host -> for each row of the batch, the adaptations that act on it.
+    """
+
+    given: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    active: Mapping[int, Names] = field(default_factory=dict)
+    rows: Mapping[int, tuple[Names, ...]] = field(default_factory=dict)
+
+
+EMPTY = Context()
+_CURRENT: ContextVar[Context] = ContextVar("petiole", default=EMPTY)
+_lock = threading.Lock()
+_open = 0  # contexts open in any thread; read by compiled code, which can't see the ContextVar
+
+
+def current() -> Context:
+    """The context of this thread and task. Inside compiled code: always the empty one (see `eagerly`)."""
+    if torch.compiler.is_compiling():
+        if _open:
+            raise AttachError(
+                "compile the model outside of pt.given, pt.route and pt.disabled: inside, it runs eagerly"
+            )
+        return EMPTY
+    return _CURRENT.get()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled code falls back to eager inside, in every thread: it was traced for the empty context."""
+    global _open
+    with _lock:
+        _open += 1
+        if _open == 1 and "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            if _open == 0 and "torch._dynamo" in sys.modules:
+                torch.compiler.set_stance("default")
+
+
+@contextmanager
+def entered(context: Context) -> Iterator[None]:
+    """Make `context` the current one."""
+    with eagerly():
+        token = _CURRENT.set(context)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+def with_given(host: int, values: Mapping[str, Any]) -> Context:
+    """The current context with more values given to one host; inner values hide outer ones."""
+    now = _CURRENT.get()
+    return replace(now, given={**now.given, host: {**now.given.get(host, {}), **values}})
+
+
+def with_active(host: int, names: Names) -> Context:
+    """The current context with these adaptations acting on all rows of one host."""
+    now = _CURRENT.get()
+    return replace(now, active={**now.active, host: names}, rows={k: v for k, v in now.rows.items() if k != host})
+
+
+def with_rows(host: int, rows: tuple[Names, ...]) -> Context:
+    """The current context with other adaptations on each row of one host's batch."""
+    now = _CURRENT.get()
+    return replace(now, rows={**now.rows, host: rows}, active={k: v for k, v in now.active.items() if k != host})
+
+
+class Recall:
+    """Wraps the checkpointing function that a Transformers layer holds, so that recomputation sees the forward's context."""
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.inner(partial(_run_in, _CURRENT.get(), function), *args, **kwargs)
+
+
+def _run_in(context: Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _CURRENT.get() is context:
+        return function(*args, **kwargs)
+    with entered(context):
+        return function(*args, **kwargs)

@@ -1,0 +1,427 @@
+"""Where a delta meets a module: a child module that holds the deltas, and two hooks that call them.
+
+The module under it keeps its class, its parameter names and its forward. A `Slot` is one delta at one place; `Junction` is the
+child (named `petiole`) of a module, with all the slots that read or write there, in the order in which they were attached.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from petiole.anatomy import Site
+from petiole.errors import AttachError
+from petiole.method import Base, Place, flipped, raw
+
+if TYPE_CHECKING:
+    from petiole.attach import Host
+
+Put = Callable[[Tensor], Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+_NAMES = ("hidden_states", "hidden_state", "inputs_embeds", "input", "inputs", "x", "src", "query", "features")
+
+
+# ------------------------------------------------------------------------------------------- the hidden state among arguments
+
+
+def of_input(args: Args, kwargs: Kwargs) -> tuple[Tensor, Put]:
+    """The hidden state in a module's arguments, and a function that gives (args, kwargs) with another in its place."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], lambda h: ((h, *args[1:]), kwargs)
+    for name in (*_NAMES, *kwargs):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value, lambda h, name=name: (args, {**kwargs, name: h})  # type: ignore[misc]
+    raise AttachError(
+        f"no hidden state among the arguments: {len(args)} positional, {', '.join(kwargs) or 'no named ones'}"
+    )
+
+
+def of_output(output: Any) -> tuple[Tensor, Put]:
+    """The hidden state in a module's output (a tensor, a tuple that begins with one, or a model output), and its setter."""
+    if isinstance(output, Tensor):
+        return output, lambda h: h
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        rest = output[1:]
+        return output[
+            0
+        ], lambda h: type(output)((h, *rest)) if type(output) in (tuple, list) else type(output)(h, *rest)
+    if isinstance(output, Mapping):
+        name = next((k for k, v in output.items() if isinstance(v, Tensor)), None)
+        if name is not None:
+
+            def put(h: Tensor) -> Any:
+                output[name] = h  # type: ignore[index]
+                return output
+
+            return output[name], put
+    raise AttachError(f"a module returned {type(output).__name__}, in which no hidden state was found")
+
+
+def compose(h: Tensor, change: Any, composition: str) -> Tensor:
+    """h and Δ -> the new h. For `gate`, the delta gives (Δ, λ): h <- (1 - λ) h + λ Δ."""
+    if composition == "gate":
+        value, gate = change
+        return h + (gate * (value.to(h.dtype) - h)).to(h.dtype)
+    change = change.to(h.dtype)
+    if composition == "add":
+        return h + change
+    return h * change if composition == "multiply" else change
+
+
+def on_rows(h: Tensor, rows: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `change` to the named rows of h only; to all of them where `rows` is None."""
+    if rows is None:
+        return change(h)
+    return h if rows.numel() == 0 else h.index_copy(0, rows, change(h.index_select(0, rows)).to(h.dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ slots
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where and when a slot acts: `act` is the name of one of its methods, called before or after the module at `path` runs."""
+
+    path: str
+    when: Literal["before", "after"]
+    act: str
+    owns: bool = False  # the delta is a child of this module
+
+
+class Slot:
+    """One delta at one place, and what it did in the current forward pass."""
+
+    def __init__(self, host: Host, adaptation: str, number: int, place: Place) -> None:
+        self.host, self.adaptation, self.number, self.place = host, adaptation, number, place
+        self.fired = False
+        self.merged = False
+        self._held: dict[int, Any] = {}  # by thread: what was read at one module, until it is used at another
+        self._held_compiled: Any = None
+
+    @property
+    def site(self) -> Site:
+        return self.place.site
+
+    @property
+    def delta(self) -> Any:
+        return self.place.delta
+
+    @property
+    def key(self) -> str:
+        """Unique within the adaptation; never a module path."""
+        return f"{self.number}.{self.site.key}.{self.site.side}"
+
+    def points(self) -> Iterator[Point]:
+        """Where and when the slot acts, in the order of execution."""
+        raise NotImplementedError
+
+    def acts(self) -> bool:
+        """Whether this slot does anything in this forward pass."""
+        return not self.merged and self.host.acts(self.adaptation)
+
+    def fire(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.fired = True
+
+    def hold(self, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._held_compiled = value
+        else:
+            self._held[threading.get_ident()] = value
+
+    def release(self) -> Any:
+        if torch.compiler.is_compiling():
+            value, self._held_compiled = self._held_compiled, None
+            return value
+        return self._held.pop(threading.get_ident(), None)
+
+
+class WeightSlot(Slot):
+    """y <- y + Δy, on the rows of the output that belong to the site."""
+
+    def points(self) -> Iterator[Point]:
+        yield Point(self.site.path, "after", "add", owns=True)
+
+    def add(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        self.fire()
+        x = args[0] if args else of_input(args, kwargs)[0]
+        y, put = of_output(output)
+        rows = self.host.rows(self.adaptation, y)
+        if rows is None:
+            return put(self.changed(module, y, x))
+        return put(on_rows(y, rows, lambda part: self.changed(module, part, x.index_select(0, rows))))
+
+    def changed(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        site, prior = self.site, self.host.prior(self)
+        if not site.rows:
+            return y + self.delta(x, Base(site, module, y, prior)).to(y.dtype)
+        parts = [y[..., start:stop] for start, stop in site.rows]
+        part = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return add_rows(y, self.delta(x, Base(site, module, part, prior)).to(y.dtype), site.rows, -1)
+
+
+class HiddenSlot(Slot):
+    """h <- h + Δ(h), at a module's input or output; Δ may read elsewhere (parallel insertion)."""
+
+    def points(self) -> Iterator[Point]:
+        for site, act in ((self.place.read, "read"), (self.site, "write")):
+            if site is not None:
+                before = site.side == "input"
+                yield Point(
+                    site.path if before else site.exit, "before" if before else "after", act, owns=act == "write"
+                )
+
+    def read(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        self.hold((of_input(args, kwargs) if output is None else of_output(output))[0])
+        return None if output is None else output
+
+    def write(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        h, put = of_input(args, kwargs) if output is None else of_output(output)
+        return put(self.changed(h))
+
+    def changed(self, h: Tensor) -> Tensor:
+        source = self.release() if self.place.read is not None else h
+        if source is None:
+            raise AttachError(
+                f"{self.site.key}: what it reads, {self.place.read}, was not called before what it writes"
+            )
+        self.fire()
+        rows = self.host.rows(self.adaptation, h)
+        if rows is None:
+            return self.composed(h, source)
+        part = source.index_select(0, rows)
+        return on_rows(h, rows, lambda own: self.composed(own, part))
+
+    def composed(self, h: Tensor, source: Tensor) -> Tensor:
+        """The new h; in a fused projection, only the features that belong to the site change."""
+        if not self.site.rows or self.site.side == "input":
+            return compose(h, self.delta(source), self.delta.composition)
+        own = torch.cat([h[..., start:stop] for start, stop in self.site.rows], -1)
+        new = compose(own, self.delta(own if source is h else source), self.delta.composition)
+        return add_rows(h, new - own, self.site.rows, -1)
+
+
+class ModuleSlot(Slot):
+    """The module's output is computed anew."""
+
+    def points(self) -> Iterator[Point]:
+        yield Point(self.site.path, "after", "renew", owns=True)
+
+    def renew(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        self.fire()
+        new = self.delta(*args, **kwargs)
+        y, put = of_output(output)
+        rows = self.host.rows(self.adaptation, y)
+        if rows is None:
+            return new
+        return put(on_rows(y, rows, lambda own: of_output(new)[0].index_select(0, rows)))
+
+
+class StackSlot(Slot):
+    """Collects the hidden states of a whole stack and writes its last one."""
+
+    def points(self) -> Iterator[Point]:
+        blocks = self.host.anatomy.stack(self.site.stack).blocks
+        yield Point(blocks[0].path, "before", "open")
+        for block in blocks[:-1]:
+            yield Point(block.path, "after", "collect")
+        yield Point(blocks[-1].path, "after", "close", owns=True)
+
+    def open(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        self.hold([of_input(args, kwargs)[0]])
+
+    def states(self, h: Tensor) -> list[Tensor]:
+        states = self.release()
+        if states is None:
+            raise AttachError(f"{self.site.key}: a block ran before the first block of its stack")
+        return [*states, h]
+
+    def collect(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        self.hold(self.states(of_output(output)[0]))
+        return output
+
+    def close(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        h, put = of_output(output)
+        self.fire()
+        return put(self.delta(self.states(h)).to(h.dtype))
+
+
+class BlockSlot(Slot):
+    """The substituted block (`attach.py` puts it in the stack); no hooks."""
+
+    def points(self) -> Iterator[Point]:
+        yield from ()
+
+
+class AttentionSlot(Slot):
+    """Consulted by petiole's attention function (`attention.py`) through the junction of the attention module."""
+
+    def points(self) -> Iterator[Point]:
+        yield Point(self.host.attention_module(self.site), "before", "", owns=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------- junction
+
+
+class Junction(nn.Module):
+    """The child named `petiole` of a module at which deltas read or write. Owns the deltas that write here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleDict()
+        self.slots: list[tuple[Slot, Point]] = []
+
+    def add(self, slot: Slot, point: Point) -> None:
+        if point.owns:
+            self.deltas[self.name(slot)] = slot.delta
+        self.slots.append((slot, point))
+
+    def drop(self, slot: Slot) -> None:
+        self.slots = [entry for entry in self.slots if entry[0] is not slot]
+        if self.name(slot) in self.deltas:
+            del self.deltas[self.name(slot)]
+
+    @staticmethod
+    def name(slot: Slot) -> str:
+        return f"{slot.adaptation}-{slot.key}".replace(".", "_")
+
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Forward pre-hook of the module."""
+        changed = False
+        for slot, point in self.slots:
+            if point.when == "before" and point.act and slot.acts():
+                new = getattr(slot, point.act)(module, args, kwargs, None)
+                if new is not None:
+                    args, kwargs = new
+                    changed = True
+        return (args, kwargs) if changed else None
+
+    def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """Forward hook of the module."""
+        for slot, point in self.slots:
+            if point.when == "after" and slot.acts():
+                output = getattr(slot, point.act)(module, args, kwargs, output)
+        return output
+
+
+class ParameterSlot(Slot):
+    """A weight that no module's call would show (packed experts, `in_proj_weight`): composed for its caller's forward."""
+
+    def points(self) -> Iterator[Point]:
+        yield Point(self.site.caller or self.site.path, "before", "", owns=True)
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """The tensors of the owner that change: name, change in the site's own rows, whether it is the weight."""
+        base = Base(self.site, self.host.module(self.site.path), None, self.host.prior(self))
+        changes = ((self.site.parameter, self.delta.weight(base.weight)), (self.site.bias, self.delta.bias(base.bias)))
+        for name, change in changes:
+            if change is not None:
+                yield name, change, name == self.site.parameter
+
+
+class ParameterJunction(Junction):
+    """Puts W + ΔW in a parameter's place during its caller's forward.
+
+    The stand-in hides the parameter through the owner's own dictionary, so the state dict never changes. One thread at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = Lock()
+
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        slots = [slot for slot, _ in self.slots if isinstance(slot, ParameterSlot) and slot.acts()]
+        if not slots:
+            return None
+        self.lock.acquire()
+        try:
+            self.compose(slots)
+        except BaseException:
+            self.after(module, args, kwargs, None)
+            raise
+        return None
+
+    def compose(self, slots: list[ParameterSlot]) -> None:
+        changes: dict[tuple[str, str], list[tuple[Site, Tensor, bool]]] = {}
+        for slot in slots:
+            if slot.host.rows(slot.adaptation, None) is not None:
+                raise AttachError(
+                    f"{slot.site.key}: its weight is composed for the whole batch, so rows can't differ here"
+                )
+            slot.fire()
+            for name, change, weight in slot.pairs():
+                changes.setdefault((slot.site.path, name), []).append((slot.site, change, weight))
+        for (path, name), parts in changes.items():
+            owner = slots[0].host.module(path)
+            owner.__dict__[name] = composed(raw(owner, name), parts)
+
+    def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        """Forward hook, called even when the forward fails."""
+        if not self.lock.held():
+            return output
+        for slot, _ in self.slots:
+            owner = slot.host.module(slot.site.path)
+            for name in (slot.site.parameter, slot.site.bias):
+                owner.__dict__.pop(name, None)
+        self.lock.release()
+        return output
+
+
+def composed(whole: Tensor, parts: list[tuple[Site, Tensor, bool]]) -> Tensor:
+    """whole + changes, each in its site's layout, rows and expert."""
+    by_expert: dict[int, list[Tensor]] = {}
+    for site, change, weight in parts:
+        flip, first = weight and flipped(site), 1 if site.expert >= 0 else 0
+        if site.rows:
+            shape = (whole.shape[first + 1 if flip else first], *change.shape[1:])
+            change = add_rows(change.new_zeros(shape), change, site.rows, 0)
+        change = change.transpose(0, 1) if flip else change
+        by_expert.setdefault(site.expert, []).append(change.to(whole.dtype))
+    for change in by_expert.pop(-1, []):
+        whole = whole + change
+    if by_expert:
+        stacked = torch.stack([sum(changes[1:], changes[0]) for changes in by_expert.values()])
+        whole = whole.index_add(0, torch.tensor(list(by_expert), device=whole.device), stacked)
+    return whole
+
+
+def add_rows(y: Tensor, change: Tensor, rows: tuple[tuple[int, int], ...], axis: int) -> Tensor:
+    """Add a change to the features of y (along `axis`) that `rows` name; the change holds just those, in order."""
+    parts, at, used = [], 0, 0
+    for start, stop in rows:
+        parts += [
+            y.narrow(axis, at, start - at),
+            y.narrow(axis, start, stop - start) + change.narrow(axis, used, stop - start),
+        ]
+        at, used = stop, used + stop - start
+    return torch.cat([*parts, y.narrow(axis, at, y.shape[axis] - at)], axis)
+
+
+class Lock:
+    """A re-entrant lock that survives deepcopy and pickling: the copy gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth: dict[int, int] = {}
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        me = threading.get_ident()
+        self._depth[me] = self._depth.get(me, 0) + 1
+
+    def release(self) -> None:
+        self._depth[threading.get_ident()] -= 1
+        self._lock.release()
+
+    def held(self) -> bool:
+        return self._depth.get(threading.get_ident(), 0) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Lock, ())

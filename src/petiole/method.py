@@ -1,0 +1,455 @@
+"""Method and delta: what a published system has to say, and the registry that finds it.
+
+A *method* is a validated configuration plus the rule that puts deltas on sites (`deltas`), names parameters of the backbone that train
+in place (`trains`), and acts during training (the events). A *delta* is the small module on a site that computes the change. Nothing
+here knows a method by name; a method registers itself by being defined.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from petiole.anatomy import Anatomy, Site
+from petiole.errors import AttachError, ConfigError
+
+Composition = Literal["add", "multiply", "gate", "replace"]
+Layers = tuple[int, ...] | None
+
+
+def layers_field() -> Any:
+    """The field `layers`, the same in every method."""
+    return Field(None, description="Depths to adapt, counted from the input, negative from the end; every one if None.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------- deltas
+
+
+class Delta(nn.Module):
+    """The change at one site. Subclass one of the kinds below; they differ in what `forward` is given and may return."""
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        """Fill the parameters. Called once, on CPU, before the delta moves to its site's device.
+
+        Args:
+            generator: seeded for this site alone; the only source of randomness.
+            base: the frozen tensors at the site, for methods that start from them.
+        """
+
+    host: Any = None  # of the model it is attached to; set by attach
+
+    def given(self, name: str, default: Any = None) -> Any:
+        """The value that `pt.given(model, name=…)` holds for this forward pass.
+
+        Raises:
+            AttachError: there is none, and no default.
+        """
+        value = self.host.given(name) if self.host is not None else None
+        if value is None and default is None:
+            raise AttachError(
+                f"{type(self).__name__} needs a value for each forward pass: with pt.given(model, {name}=…)"
+            )
+        return default if value is None else value
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """What is stored for deployment: parameters and persistent buffers, training-only devices folded away."""
+        return self.state_dict()
+
+    def structure(self) -> dict[str, Any]:
+        """Sizes that changed since construction (ranks that grew), as JSON; empty where there are none."""
+        return {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Rebuild the sizes that `structure` gave, so that the stored tensors fit."""
+        if structure:
+            raise AttachError(f"{type(self).__name__} has no variable structure, but one was stored: {structure}")
+
+
+class WeightDelta(Delta):
+    """A change of a weight: W <- W + ΔW, b <- b + Δb. `forward` gives the change of the output without forming ΔW."""
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """x, as the frozen module got it -> Δy (..., out). The fallback forms ΔW; methods override it with something cheaper."""
+        return base.apply(x, self.weight(base.weight), self.bias(base.bias))
+
+    def weight(self, base: Tensor) -> Tensor:
+        """Frozen W (out, in, ...) -> ΔW of the same shape."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't say its ΔW")
+
+    def bias(self, base: Tensor | None) -> Tensor | None:
+        """Frozen b (out,) -> Δb (out,), None where the bias is left alone."""
+        return None
+
+
+class HiddenDelta(Delta):
+    """A change of a hidden state: h <- h + Δ, or another composition. `forward`: h (..., d) -> Δ (..., d)."""
+
+    composition: Composition = "add"
+
+
+class ModuleDelta(Delta):
+    """Computes a module's whole output anew: `forward` takes the module's own arguments and returns what it returns."""
+
+
+class AttentionDelta(Delta):
+    """A change inside attention, through Transformers' attention interface."""
+
+    needs_probabilities: bool = False
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Extra keys and values put before the real ones, never masked: key, value (B, heads, T, d) -> two (B, heads, length, d)."""
+        return None
+
+    def probabilities(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """Probabilities (B, heads, T, S) after softmax, before dropout, and values (B, heads, S, d) -> new probabilities."""
+        return probabilities
+
+    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Concatenated heads (B, T, heads, d) before the output projection -> the same, changed."""
+        return output
+
+
+class TokenDelta(Delta):
+    """Extra input tokens. `forward`: batch size -> tokens (B, length, d). On a block's input: inserted at the lowest depth,
+    put in place of the earlier ones at every higher depth, taken away after the last block."""
+
+    length: int
+
+    def forward(self, batch: int) -> Tensor:
+        raise NotImplementedError
+
+
+class BlockDelta(Delta):
+    """Stands in for a block. `forward(block, *args, **kwargs)` is called instead of the block and returns what it would."""
+
+
+class StackDelta(Delta):
+    """A network beside a whole stack. `forward`: the L+1 hidden states, input first -> the stack's new last hidden state."""
+
+
+# ------------------------------------------------------------------------------------------------------------------------ base
+
+
+class Base:
+    """The frozen tensors at a weight site, as the site sees them: rows of a fused tensor cut out, (in, out) layouts transposed,
+    quantised weights dequantised. `output` is the frozen module's output for these rows during a forward pass."""
+
+    def __init__(
+        self, site: Site, module: nn.Module, output: Tensor | None = None, prior: tuple[WeightDelta, ...] = ()
+    ) -> None:
+        self.site, self.module, self.output, self._prior = site, module, output, prior
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in, ...), including earlier deltas on the same site."""
+        weight = read_weight(self.site, self.module)
+        for delta in self._prior:
+            weight = weight + delta.weight(weight)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (out,) or None, including earlier deltas on the same site."""
+        bias = read_bias(self.site, self.module)
+        for delta in self._prior:
+            bias = add_bias(bias, delta.bias(bias))
+        return bias
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The site's own operation with another weight: x -> y. Linear, embedding or convolution by the site's kind."""
+        weight = weight.to(x.dtype) if x.is_floating_point() else weight
+        bias = None if bias is None else bias.to(weight.dtype)
+        if self.site.kind == "embedding":
+            return nn.functional.embedding(x, weight.transpose(0, 1))
+        if self.site.kind == "conv":
+            return convolve(self.module, x, weight, bias)
+        return nn.functional.linear(x, weight, bias)
+
+
+def convolve(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply `module`'s convolution (stride, padding, dilation, groups) with another kernel (out, in / groups, *kernel)."""
+    names = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
+    function = getattr(nn.functional, names[weight.ndim])
+    options = {k: getattr(module, k) for k in ("stride", "dilation", "groups")}
+    return function(x, weight, bias, padding=module.padding, **options)
+
+
+def add_bias(bias: Tensor | None, change: Tensor | None) -> Tensor | None:
+    """Sum of two biases, either of which may be missing."""
+    if bias is None or change is None:
+        return bias if change is None else change
+    return bias + change
+
+
+def cut(tensor: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
+    """The named row ranges of a tensor's first dimension, in order; a view where one range suffices."""
+    if not rows:
+        return tensor
+    parts = [tensor[start:stop] for start, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def raw(module: nn.Module, name: str) -> Tensor:
+    """A module's own tensor, even while a composed one stands in its place."""
+    own = module._parameters.get(name)
+    return own if own is not None else getattr(module, name)
+
+
+def read_weight(site: Site, module: nn.Module) -> Tensor:
+    """The frozen weight at a site as (out, in, ...). A view of the parameter where the layout allows it."""
+    weight = raw(module, site.parameter)
+    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+        weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
+    return view(site, weight.detach())
+
+
+def view(site: Site, weight: Tensor) -> Tensor:
+    """A whole weight tensor as the site sees it: its expert, (out, in, ...), its rows."""
+    if site.expert >= 0:
+        weight = weight[site.expert]
+    return cut(weight.transpose(0, 1) if flipped(site) else weight, site.rows)
+
+
+def flipped(site: Site) -> bool:
+    """Whether the tensor is stored (in, out): GPT-2's Conv1D, some packed experts, embeddings."""
+    return site.transposed or site.kind == "embedding"
+
+
+def read_bias(site: Site, module: nn.Module) -> Tensor | None:
+    """The frozen bias at a site (out,), None where there is none."""
+    bias = raw(module, site.bias) if site.bias and hasattr(module, site.bias) else None
+    if not isinstance(bias, Tensor):
+        return None
+    bias = bias.detach()
+    return cut(bias[site.expert] if site.expert >= 0 else bias, site.rows)
+
+
+# --------------------------------------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Place:
+    """A delta and where it sits.
+
+    Attributes:
+        site: where the change is written.
+        delta: the module that computes it.
+        read: where it reads, if elsewhere (parallel insertion: the input of what `site` is the output of).
+    """
+
+    site: Site
+    delta: Delta
+    read: Site | None = None
+
+
+@dataclass
+class Moment:
+    """What an event is given. Tensors of `state` are saved with checkpoints.
+
+    Attributes:
+        deltas: this method's deltas, by site key.
+        shared: the module that the whole attachment owns, if the method made one.
+        seed: for this method in this attachment.
+        step: optimiser steps done. epoch: fractional. progress: share of training done, in [0, 1]. total_steps: 0 if unknown.
+        optimizer: None outside training. learning_rate: of the first group.
+        accumulation: micro-batches per optimiser step.
+        state: what this method remembers between events: numbers, strings, lists, tensors.
+    """
+
+    model: nn.Module
+    deltas: Mapping[str, Delta]
+    shared: nn.Module | None = None
+    seed: int = 0
+    step: int = 0
+    epoch: float = 0.0
+    progress: float = 0.0
+    total_steps: int = 0
+    optimizer: torch.optim.Optimizer | None = None
+    learning_rate: float = 0.0
+    accumulation: int = 1
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(BaseModel):
+    """A published system. Subclasses add fields, `deltas` and, where they act over time, events."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False)
+
+    slug: ClassVar[str] = ""
+    title: ClassVar[str] = ""  # of the paper
+    paper: ClassVar[str] = ""  # arXiv id
+    saves: ClassVar[str] = ""  # what it saves against full fine-tuning, in a few words
+    version: ClassVar[int] = 1  # raised when old files no longer mean the same
+    # What the method can do; the conformance suite reads it here.
+    merges: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False
+    routes: ClassVar[bool] = True
+    idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
+    compiles: ClassVar[bool] = True
+    size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
+    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # where a search looks
+    exempt: ClassVar[Mapping[str, str]] = {}  # check of the conformance suite -> why it can't hold
+
+    def __init__(self, **fields: Any) -> None:
+        """Validate the fields.
+
+        Raises:
+            ConfigError: names the field, the value given and the allowed range, or the fields there are.
+        """
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(explain(type(self), error)) from None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        if not cls.__dict__.get("slug"):
+            return
+        other = _REGISTRY.get(cls.slug)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"two methods call themselves {cls.slug!r}: {other.__module__} and {cls.__module__}")
+        _REGISTRY[cls.slug] = cls
+
+    @classmethod
+    def family(cls) -> str:
+        """The folder the method stands in: `lowrank`, `adapters`, …"""
+        parts = cls.__module__.split(".")
+        return (
+            parts[2]
+            if parts[:2] == ["petiole", "methods"] and len(parts) > 3
+            else parts[1]
+            if parts[0] == "petiole"
+            else parts[0]
+        )
+
+    # ---- what sits where
+
+    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+        """Say which delta sits on which site."""
+        yield from ()
+
+    def shared(self, anatomy: Anatomy) -> nn.Module | None:
+        """A module whose parameters the whole attachment owns; `deltas` reaches it through `bind`."""
+        return None
+
+    def bind(self, deltas: Mapping[str, Delta], shared: nn.Module | None) -> None:
+        """Tie the deltas to the shared module, or to each other. Called once after both are built and initialised."""
+
+    def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
+        """Names of the backbone's own parameters that train in place."""
+        return ()
+
+    def folded(self) -> Method:
+        """The configuration under which `folded_state` loads: this one, unless a training-only device was folded away."""
+        return self
+
+    # ---- what happens over time
+
+    def on_attach(self, moment: Moment) -> None:
+        """Once, after everything sits."""
+
+    def calibrate(self, moment: Moment, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Before the first step, with batches of training data; only called where a method overrides it."""
+
+    def before_step(self, moment: Moment) -> None:
+        """Before the forward pass of an optimiser step."""
+
+    def loss(self, moment: Moment) -> Tensor | None:
+        """An extra term, added to the task's loss of every forward pass in training."""
+        return None
+
+    def before_optimizer_step(self, moment: Moment) -> None:
+        """Gradients are complete and clipped."""
+
+    def after_optimizer_step(self, moment: Moment) -> None:
+        """Parameters have moved."""
+
+    def epoch_end(self, moment: Moment) -> None:
+        """After each epoch."""
+
+    def overrides(self, event: str) -> bool:
+        """Whether this method does anything at `event`."""
+        return getattr(type(self), event) is not getattr(Method, event)
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """A pydantic refusal in at most three lines: field, value, allowed range or nearest names."""
+    lines = []
+    for item in error.errors()[:2]:
+        name = ".".join(str(part) for part in item["loc"]) or "configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}")
+        else:
+            about = (
+                cls.model_fields[str(item["loc"][0])].description
+                if item["loc"] and str(item["loc"][0]) in cls.model_fields
+                else ""
+            )
+            lines.append(
+                f"{cls.__name__}.{name} = {item.get('input')!r}: {item['msg']}" + (f" ({about})" if about else "")
+            )
+    more = len(error.errors()) - len(lines)
+    return "\n".join(lines + ([f"and {more} more"] if more else []))
+
+
+# -------------------------------------------------------------------------------------------------------------------- registry
+
+_REGISTRY: dict[str, type[Method]] = {}
+_FAMILIES = (
+    "methods",
+    "multitask",
+    "continual",
+    "merging",
+    "distillation",
+    "initialisation",
+    "representation",
+    "blackbox",
+)
+_found = False
+
+
+def registry() -> dict[str, type[Method]]:
+    """Every method there is, by slug: petiole's own files and those of packages with an entry point in `petiole.methods`."""
+    global _found
+    if not _found:
+        for family in _FAMILIES:
+            try:
+                package = importlib.import_module(f"petiole.{family}")
+            except ModuleNotFoundError as error:
+                if error.name != f"petiole.{family}":
+                    raise
+                continue
+            for module in pkgutil.walk_packages(package.__path__, f"petiole.{family}."):
+                importlib.import_module(module.name)
+        for entry in importlib.metadata.entry_points(group="petiole.methods"):
+            entry.load()
+        _found = True
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find(slug: str) -> type[Method]:
+    """The method called `slug`.
+
+    Raises:
+        ConfigError: there is none; the message lists the nearest names.
+    """
+    import difflib
+
+    known = registry()
+    if slug not in known:
+        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4)
+        raise ConfigError(
+            f"no method is called {slug!r}"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+            + f"\nknown: {', '.join(known)}"
+        )
+    return known[slug]

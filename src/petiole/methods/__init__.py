@@ -1,0 +1,1 @@
+"""Methods that adapt one backbone to one task, by family."""

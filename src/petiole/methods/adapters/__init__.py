@@ -1,0 +1,1 @@
+"""Bottleneck adapters and their kin: changes of hidden states."""

@@ -1,0 +1,1 @@
+"""The baselines: which of the backbone's own parameters train in place."""

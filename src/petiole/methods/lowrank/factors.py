@@ -1,0 +1,97 @@
+"""Factored weight deltas: ΔW = scale · B A, computed in the rank dimension. What the low-rank family shares."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from petiole.anatomy import Site
+from petiole.method import Base, WeightDelta, convolve
+
+
+class Factors(WeightDelta):
+    """ΔW = scale · B A on a linear, an embedding or a convolution.
+
+    A convolution's A is a kernel of the same size to `rank` channels, its B a 1x1 one back.
+
+    Args:
+        site: gives the sizes; for a convolution, `kernel` too.
+        rank: inner width r.
+        scale: factor on B A.
+        dropout: on the input x, in training.
+        train_bias: also learn Δb (out,), zero at start.
+        kernel: of a convolution, () otherwise.
+        groups: of a convolution; A then sees in / groups channels only where groups is 1, so more are refused by the method.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        train_bias: bool = False,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.kind, self.scale, self.rank = site.kind, scale, rank
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.A = nn.Parameter(torch.empty(rank, site.in_features, *kernel))  # (r, in, *kernel)
+        self.B = nn.Parameter(torch.empty(site.out_features, rank))  # (out, r)
+        self.delta_bias = nn.Parameter(torch.empty(site.out_features)) if train_bias else None
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        """A Kaiming-uniform with a = √5, that is U(±1/√fan_in); B = 0: ΔW = 0. An embedding gets A = 0 and normal B."""
+        kaiming_uniform(self.A, generator)
+        self.B.zero_()
+        if self.kind == "embedding":
+            self.A.zero_()
+            self.B.normal_(generator=generator)
+        if self.delta_bias is not None:
+            self.delta_bias.zero_()
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """x (..., in) -> Δy (..., out)"""
+        if self.dropout is not None and x.is_floating_point():
+            x = self.dropout(x)
+        inner = self.reduce(x, base)  # (..., r)
+        if self.kind == "conv":
+            change = convolve_1x1(inner * self.scale, self.B)
+        else:
+            change = nn.functional.linear(inner * self.scale, self.B.to(inner.dtype))
+        if self.delta_bias is None:
+            return change
+        bias = self.delta_bias.to(change.dtype)
+        return change + (bias.view(-1, *[1] * (self.A.ndim - 2)) if self.kind == "conv" else bias)
+
+    def reduce(self, x: Tensor, base: Base) -> Tensor:
+        """x -> A x, whatever kind of site."""
+        if self.kind == "embedding":
+            return nn.functional.embedding(x, self.A.transpose(0, 1))
+        if self.kind == "conv":
+            return convolve(base.module, x, self.A.to(x.dtype))
+        return nn.functional.linear(x, self.A.to(x.dtype))
+
+    def weight(self, base: Tensor) -> Tensor:
+        """ΔW (out, in, *kernel) = scale · B A"""
+        return (self.scale * (self.B @ self.A.flatten(1))).view(self.B.shape[0], *self.A.shape[1:])
+
+    def bias(self, base: Tensor | None) -> Tensor | None:
+        return self.delta_bias
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A, B, scale), for export and for batching several adaptations."""
+        return self.A, self.B, self.scale
+
+
+def convolve_1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, r, *size), weight (out, r) -> (B, out, *size)"""
+    return torch.movedim(nn.functional.linear(torch.movedim(x, 1, -1), weight.to(x.dtype)), -1, 1)
+
+
+def kaiming_uniform(tensor: Tensor, generator: torch.Generator, fan_in: int | None = None) -> None:
+    """U(±1/√fan_in), which is Kaiming-uniform with a = √5. fan_in defaults to all dimensions but the first."""
+    bound = 1 / math.sqrt(fan_in if fan_in is not None else tensor[0].numel())
+    tensor.uniform_(-bound, bound, generator=generator)

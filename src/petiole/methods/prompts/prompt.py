@@ -1,0 +1,115 @@
+"""Prompt tuning and visual prompts: learned tokens in front of the input.
+
+    [p_1 … p_l, x_1 … x_T]        p_i (d,)        deep: new p at the input of every block, the old ones dropped
+
+Prompt tuning: Lester et al. 2021, arXiv 2104.08691. Visual prompt tuning, shallow and deep: Jia et al. 2022, arXiv 2203.12119.
+
+Sits     before the first block; deep: before every block. The tokens are gone after the last block.
+Trains   l d numbers, deep: l d per block.
+Starts   beside the backbone, not at it: the tokens are attended to from the first step.
+Merges   no.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from petiole.anatomy import Anatomy
+from petiole.errors import AttachError
+from petiole.method import Base, Method, Moment, Place, TokenDelta
+
+
+class PromptTuning(Method):
+    """Learned embeddings before the tokens of a text."""
+
+    slug: ClassVar[str] = "prompt-tuning"
+    title: ClassVar[str] = "The Power of Scale for Parameter-Efficient Prompt Tuning"
+    paper: ClassVar[str] = "2104.08691"
+    saves: ClassVar[str] = "nearly all parameters; costs length at inference"
+    size: ClassVar[str] = "length"
+    routes: ClassVar[bool] = False
+    learning_rates: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
+
+    length: int = Field(20, ge=1, description="Number of learned tokens.")
+    init: Literal["normal", "vocabulary"] = Field(
+        "vocabulary", description="Start from normal(0, 0.02²) or from embeddings of random tokens."
+    )
+    stack: str | None = Field(
+        None, description="The stack whose input they join: encoder, decoder, text; the first text stack if None."
+    )
+
+    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+        embeddings = [site for site in anatomy.outside if site.role == "embedding"]
+        if not embeddings:
+            raise AttachError(
+                f"prompt-tuning: {anatomy.model_class} embeds no tokens; vpt puts prompts before image and audio patches"
+            )
+        stack = anatomy.stack(self.stack) if self.stack else anatomy.stacks[0]
+        yield Place(stack.blocks[0].site("block").at("input"), Prompt(self.length, embeddings[0].out_features))
+
+    def on_attach(self, moment: Moment) -> None:
+        """Copy the embeddings of random tokens into the prompt."""
+        if self.init != "vocabulary":
+            return
+        table = moment.model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+        generator = torch.Generator().manual_seed(moment.seed)
+        for delta in moment.deltas.values():
+            if isinstance(delta, Prompt) and table.device.type != "meta" and table.shape[1] == delta.tokens.shape[1]:
+                rows = torch.randint(table.shape[0], (self.length,), generator=generator).to(table.device)
+                with torch.no_grad():
+                    delta.tokens.copy_(table[rows])
+
+
+class VisualPromptTuning(Method):
+    """Learned tokens before the patches of an image or of a spectrogram."""
+
+    slug: ClassVar[str] = "vpt"
+    title: ClassVar[str] = "Visual Prompt Tuning"
+    paper: ClassVar[str] = "2203.12119"
+    saves: ClassVar[str] = "nearly all parameters; costs length at inference"
+    size: ClassVar[str] = "length"
+    routes: ClassVar[bool] = False
+    learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
+
+    length: int = Field(10, ge=1, description="Number of learned tokens (per block, if deep).")
+    deep: bool = Field(True, description="New tokens at every block, instead of at the first alone.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the tokens, in training.")
+    stack: str | None = Field(None, description="The stack whose input they join; the main one if None.")
+
+    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+        stack = anatomy.stack(self.stack)
+        for block in stack.blocks if self.deep else stack.blocks[:1]:
+            yield Place(
+                block.site("block").at("input"), Prompt(self.length, block.hidden_size, self.dropout, patch=True)
+            )
+
+
+class Prompt(TokenDelta):
+    """Tokens (l, d), the same for every sample.
+
+    Args:
+        length: l. size: d. dropout: in training.
+        patch: start as VPT does, U(±√(6 / (3·16² + d))), instead of normal(0, 0.02²).
+    """
+
+    def __init__(self, length: int, size: int, dropout: float = 0.0, patch: bool = False) -> None:
+        super().__init__()
+        self.length, self.patch = length, patch
+        self.tokens = nn.Parameter(torch.empty(length, size))
+        self.dropout = nn.Dropout(dropout)
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        if self.patch:
+            bound = math.sqrt(6 / (3 * 16 * 16 + self.tokens.shape[1]))
+            self.tokens.uniform_(-bound, bound, generator=generator)
+        else:
+            self.tokens.normal_(0, 0.02, generator=generator)
+
+    def forward(self, batch: int) -> Tensor:
+        return self.dropout(self.tokens).expand(batch, -1, -1)

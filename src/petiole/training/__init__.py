@@ -1,0 +1,20 @@
+"""Training: the HF Trainer with method events, the same events as a callback for anyone's Trainer, and as calls for a plain loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petiole.training.callback import PetioleCallback as PetioleCallback
+    from petiole.training.events import Events as Events
+    from petiole.training.trainer import Trainer as Trainer
+
+_HOMES = {"Events": "events", "PetioleCallback": "callback", "Trainer": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'petiole.training' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"petiole.training.{_HOMES[name]}"), name)
