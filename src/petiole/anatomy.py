@@ -253,7 +253,7 @@ class Anatomy:
                 f"  {stack.name}: {len(stack.blocks)} block{'s' * (len(stack.blocks) != 1)} ({about}), width {stack.hidden_size}"
                 + (", causal" if stack.causal else "")
                 + (f", each run {max(again)} times" if again else "")
-                + ("" if stack.attention_interface else ", no attention interface")
+                + ("" if stack.attention_interface or not any("attention" in site.role for b in stack.blocks for site in b.sites) else ", no attention interface")
             )
             for role, (count, kind) in _counts(stack).items():
                 lines.append(f"    {role}: {count} of {len(stack.blocks)} blocks" + (f" (every {kind})" if kind else ""))

@@ -59,9 +59,9 @@ def cores(found: list[Leaf], names: Names) -> list[Core]:
         if path not in known and core.parts and (attention_named(path) or any(names.told(leaf.path)[1] for leaf in core.parts.values())):
             known[path] = core
     for leaf in found:
-        path = parent(leaf.path)
-        if leaf.kind == "linear" and attention_named(path) and not any(under(p, path) or under(path, p) for p in known):
-            known[path] = groups.get(path, Core(path))
+        named = next((above for above in ancestors(leaf.path) if attention_named(above)), "")
+        if leaf.kind == "linear" and named and not any(under(p, named) or under(named, p) for p in known):
+            known[parent(leaf.path)] = groups.get(parent(leaf.path), Core(parent(leaf.path)))
     return list(known.values())
 
 
@@ -153,9 +153,10 @@ class Dissection:
 
     def width(self) -> int:
         """Width d of the hidden state in this block."""
-        for core in sorted(self.attentions, key=lambda c: self.is_cross(c)):
-            if core.mha:
-                return core.mha.inputs
+        for core in sorted(self.attentions, key=self.is_cross):
+            told = self.output_projection(core)
+            if told:
+                return told.outputs
             for role in ("q", "qkv"):
                 if role in core.parts:
                     return core.parts[role].inputs
@@ -182,6 +183,8 @@ class Dissection:
 
     def attention(self, core: Core) -> None:
         core.cross = self.is_cross(core)
+        if core.parts.keys() >= {"q", "qkv"}:
+            core.parts["kv"] = core.parts.pop("qkv")  # in cross-attention the fused linear makes keys and values only
         within = "cross_attention" if core.cross else "attention"
         core.output = self.output_projection(core)
         core.whole = common([core.path + ".", core.output.path]) if core.output and core.path else core.path
@@ -228,21 +231,20 @@ class Dissection:
         return any(self.order[norm.path] < self.order[leaf.path] for norm in before)
 
     def heads(self, core: Core) -> tuple[int, int, int]:
-        """Number of heads, of key and value heads, and their size."""
+        """Number of heads, of key and value heads, and their size; 0 where they can't be told."""
         around = [self.get(core.path), *(self.get(path) for path in ancestors(core.path)), *self.configs]
         heads, size = attribute(table.HEADS, around), attribute(table.HEAD_SIZE, around)
+        parts = core.parts
         if core.mha:
             return heads, heads, core.mha.inputs // max(heads, 1)
-        if "q" in core.parts and heads and core.parts["q"].outputs % heads == 0:
-            size = size or core.parts["q"].outputs // heads
-        elif "qkv" in core.parts and heads:
-            size = size or core.parts["qkv"].inputs // heads
-        key = core.parts.get("k")
-        if size and key and key.outputs % size == 0:
-            return heads, key.outputs // size, size
-        if size and "qkv" in core.parts and core.parts["qkv"].outputs % size == 0:
-            return heads, (core.parts["qkv"].outputs // size - heads) // 2, size
-        return heads, attribute(table.KEY_VALUE_HEADS, around) or heads, size
+        if not size and heads and (parts.keys() & {"q", "qkv"}):
+            size = (parts["q"].outputs if "q" in parts else parts["qkv"].inputs) // heads
+        wide = {"k": 1, "kv": 2, "qkv": 2}
+        for role, share in wide.items():
+            if size and heads and role in parts:
+                rest = parts[role].outputs - (heads * size if role == "qkv" else 0)
+                return (heads, rest // (share * size), size) if rest > 0 and rest % (share * size) == 0 else (heads, 0, 0)
+        return heads, 0, 0
 
     def projections(self, core: Core, within: str) -> None:
         parts, path = core.parts, core.path
@@ -251,8 +253,6 @@ class Dissection:
                 if leaf.kind == "linear" and parent(leaf.path) == path and leaf.outputs == 3 * leaf.inputs and leaf is not core.output:
                     self.role[leaf] = "qkv"
                     self.note("q/k/v", f"`{leaf.path}` holds q, k and v, but not in an order that can be told; `qkv` is the whole of it")
-        if "qkv" in parts and "q" in parts:
-            parts["kv"] = parts.pop("qkv")  # in cross-attention the fused linear makes keys and values only
         for role, leaf in parts.items():
             self.role[leaf] = "linear" if role == "kv" else role
         if core.output:
@@ -271,7 +271,7 @@ class Dissection:
         """Row ranges of q, k and v in a fused linear, None if they can't be told."""
         heads, groups, size = self.heads(core)
         module = self.get(core.path)
-        if not heads or groups < 1 or heads % groups or (heads + 2 * groups) * size != leaf.outputs:
+        if not heads or groups < 1 or heads % groups:
             return None
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if code is not None and table.SCRAMBLED & set(code.co_varnames):
@@ -366,6 +366,8 @@ class Dissection:
             if part.lower() in table.EXPERTS:
                 root = ".".join(parts[:n])
                 break
+        while root and isinstance(self.get(root), nn.ModuleList):  # a list is never called
+            root = root.rpartition(".")[0]
         units.setdefault(root, []).extend([*ups, down])
 
     def feed_forward(self, root: str, members: list[Leaf]) -> None:
@@ -405,7 +407,7 @@ class Dissection:
     def packed(self, leaf: Leaf) -> None:
         """Experts in one tensor (E, ., .): a site for each matrix of each expert."""
         own = {name: p for name, p in leaf.module._parameters.items() if p is not None and p.ndim == 3 and self.names.role(name, table.FFN)}
-        gated = not any(self.names.role(name, table.FFN) == "gate" for name in own)
+        gated = getattr(leaf.module, "has_gate", True) and not any(self.names.role(name, table.FFN) == "gate" for name in own)
         downs = [p for name, p in own.items() if self.names.role(name, table.FFN) == "down"]
         told = getattr(leaf.module, "is_transposed", None)
         inner = next((side for p in downs for side in p.shape[1:] if side != self.hidden), self.hidden)
@@ -443,7 +445,8 @@ class Dissection:
         if leaf.kind == "packed":
             self.packed(leaf)
         elif leaf.kind == "norm":
-            inner = of_head(leaf) or leaf.inputs not in (self.hidden, 0)
+            deep = any(under(leaf.path, c.path) and parent(leaf.path) != c.path for c in self.attentions if c.path)
+            inner = of_head(leaf) or leaf.inputs not in (self.hidden, 0) or deep
             self.put(role or "norm", leaf.path, "norm", leaf.inputs, leaf.outputs, within if inner or within == "mixer" else "", **norm_tensors(leaf))
         elif leaf.kind == "linear":
             self.put(role or "linear", leaf.path, "linear", leaf.inputs, leaf.outputs, within, transposed=leaf.transposed, **self.tensors(leaf))
@@ -514,4 +517,5 @@ def embedding_role(leaf: Leaf) -> str:
     name = role_name(leaf)
     if re.search(r"pos|relative|distance|query_embed|^wpe$|^rel_", name):
         return "position_embedding"
-    return "type_embedding" if re.search(r"type|segment|lang|label|class", leaf.path.lower()) else "embedding"
+    near = ".".join(leaf.path.lower().split(".")[-2:])
+    return "type_embedding" if re.search(r"type|segment|(^|[_.])langs?_|label|class", near) else "embedding"

@@ -78,6 +78,7 @@ STACK_WORDS = {
 }
 STACK_NAMES = {word: name for name, words in STACK_WORDS.items() for word in words.split()}
 STACK_ORDER = ("backbone", "vision", "audio", "text", "encoder", "decoder", "down", "mid", "up")
+STAGE = frozenset({"mid_block", "mid"})  # modules whose lists run in turn though no list holds them
 MODALITIES = frozenset({"text", "vision", "audio"})
 
 HEAD = frozenset(

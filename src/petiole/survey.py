@@ -191,6 +191,9 @@ def all_rows(model: nn.Module, strict: bool, names: Names) -> list[Row]:
                 blocks = [replace(b, stage=n) for n, (_, part) in enumerate(parts) for b in part]
                 rows.append(Row([join(path, name) for name, _ in parts], blocks))
                 taken |= set(siblings)
+        if path.rpartition(".")[2].lower() in table.STAGE and (blocks := in_stage(module, path, strict, names)):
+            rows.append(Row([path], blocks))
+            return
         for name, child in kids:
             where = join(path, name)
             if name in taken:
@@ -236,7 +239,8 @@ def name_rows(model: nn.Module, rows: list[Row]) -> None:
     for row, found in zip(rows, words, strict=True):
         modality = next((word for word in found if word in table.MODALITIES), "")
         kind = next((word for word in found if word not in (*table.MODALITIES, "backbone")), "")
-        row.name = modality if modality and len(rows) > 1 else kind or ("decoder" if looks_back(model, row) else "encoder")
+        one_way = looks_back(model, row) or all(recurrent(block.module) for block in row.blocks)
+        row.name = modality if modality and len(rows) > 1 else kind or ("decoder" if one_way else "encoder")
     for name, count in Counter(row.name for row in rows).items():
         for n in [n for n, row in enumerate(rows) if row.name == name and count > 1]:
             extra = [word for word in dict.fromkeys(words[n]) if word != name]
@@ -247,6 +251,13 @@ def name_rows(model: nn.Module, rows: list[Row]) -> None:
             row.name += str(place + 1) if place else ""
     rank = {name: n for n, name in enumerate(table.STACK_ORDER)}
     rows.sort(key=lambda row: [rank[word] for word in row.name.split("_") if word in rank] or [rank["encoder"]])
+
+
+def recurrent(block: nn.Module) -> bool:
+    """Whether a block has a mixer in the place of attention."""
+    found = list(leaves(block))
+    mixers = {above for leaf in found if leaf.kind == "linear" for above in ancestors(leaf.path) if above.rpartition(".")[2].lower() in table.MIXER}
+    return bool(mixers) and not cores(found, Names())
 
 
 def looks_back(model: nn.Module, row: Row) -> bool | None:
@@ -401,7 +412,7 @@ class Outside:
                 by_weight[id(leaf.module._parameters["weight"])].append(leaf)
         lent = set()
         for same in by_weight.values():
-            depth = {leaf: max(len(owner.split(".")) for owner in {"", *self.owners} if under(leaf.path, owner)) for leaf in same}
+            depth = {leaf: max([len(owner) for owner in self.owners if under(leaf.path, owner)], default=0) for leaf in same}
             lent |= {leaf for leaf in same if depth[leaf] < max(depth.values())}
         return lent
 
@@ -424,7 +435,7 @@ class Outside:
         elif leaf.kind == "embedding":
             self.put(embedding_role(leaf), leaf)
         elif leaf.kind == "conv":
-            self.put("patch_embedding" if re.search(r"patch|embed", path) and "pos" not in path else "conv", leaf)
+            self.put("patch_embedding" if re.search(r"patch|embed", path) and not re.search(r"pos_conv|conv_pos", path) else "conv", leaf)
         elif leaf.kind == "linear" and re.search(r"(^|\.)pooler(\.|$)", path):
             self.put("pooler", leaf)
         else:
