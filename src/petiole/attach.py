@@ -202,6 +202,7 @@ class Host:
         self.junctions: dict[tuple[str, bool], tuple[Junction, list[Any]]] = {}
         self.attention_configs: list[tuple[Any, Any]] = []
         self._paths: dict[str, nn.Module] = {}
+        self._places: dict[str, list[tuple[str, str]]] = {}
         self._lock = Lock()
         modules = list(model.modules())
         self._checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing")]
@@ -264,16 +265,10 @@ class Host:
         return tuple(found)
 
     def attention_module(self, site: Site) -> str:
-        """Path of the module that calls the attention interface: the one that holds q (or the fused qkv)."""
-        for block in self.anatomy.stack(site.stack).blocks:
-            for other in block.sites:
-                if (
-                    block.depth == site.depth
-                    and other.within == (site.within or site.role)
-                    and other.role in ("q", "qkv")
-                ):
-                    return other.path.rpartition(".")[0]
-        raise AttachError(f"{site.key}: no q or qkv projection was found in it")
+        """Path of the module that calls the attention interface."""
+        if site.core:
+            return site.core
+        raise AttachError(f"{site.key}: it is not an attention that calls the interface")
 
     # ---- around a forward pass of the whole model
 
@@ -296,8 +291,8 @@ class Host:
             self._lock.acquire()
             for adaptation in silent:
                 for name, original in adaptation.own.items():
-                    owner, _, attribute = name.rpartition(".")
-                    self.module(owner).__dict__[attribute] = original
+                    for owner, attribute in self.places_of(name):
+                        self.module(owner).__dict__[attribute] = original
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook of the root; called even when the forward failed."""
@@ -306,14 +301,26 @@ class Host:
         if self._lock.held():
             for adaptation in self.adaptations.values():
                 for name in adaptation.own:
-                    owner, _, attribute = name.rpartition(".")
-                    self.module(owner).__dict__.pop(attribute, None)
+                    for owner, attribute in self.places_of(name):
+                        self.module(owner).__dict__.pop(attribute, None)
             self._lock.release()
         if module.training and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
             terms = [term for a in self.adaptations.values() if self.acts(a.name) for term in a.loss_terms()]
             if terms:
                 output["loss"] = output["loss"] + torch.stack(terms).sum().to(output["loss"].dtype)
         return output
+
+    def places_of(self, name: str) -> list[tuple[str, str]]:
+        """Every (module path, attribute) under which a tensor of the backbone stands: several where weights are tied."""
+        if name not in self._places:
+            tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+            own = tensors[name]
+            every = (
+                *self.model.named_parameters(remove_duplicate=False),
+                *self.model.named_buffers(remove_duplicate=False),
+            )
+            self._places[name] = [(n.rpartition(".")[0], n.rpartition(".")[2]) for n, t in every if t is own]
+        return self._places[name]
 
     def own_names(self) -> set[str]:
         """Names of the backbone's own parameters and statistics that some adaptation trains in place."""

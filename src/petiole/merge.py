@@ -127,7 +127,7 @@ def first_output(adaptation: Adaptation, batch: Mapping[str, Any] | None) -> Ten
     model.eval()
     try:
         with torch.no_grad():
-            output = model(**{k: v for k, v in batch.items() if k != "labels"})
+            output = model(**batch)
     finally:
         model.train(training)
     return of_output(getattr(output, "logits", output))[0].detach().float().clone()

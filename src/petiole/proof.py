@@ -37,9 +37,15 @@ def check(adaptation: Adaptation, batch: Mapping[str, Any], loss: Callable[[Any]
             value.backward()
         proof.called()
         proof.gradients()
-        proof.stands(
-            [p.detach() - 1e-2 * p.grad.to(p.dtype) if p.grad is not None else p.detach() for p in proof.parameters]
-        )
+        proof.stands([stepped(p) for p in proof.parameters])
+
+
+def stepped(parameter: nn.Parameter) -> Tensor:
+    """The parameter after a step along its gradient whose largest entry is a hundredth of the parameter's largest."""
+    if parameter.grad is None or not bool((parameter.grad != 0).any()):
+        return parameter.detach()
+    size = parameter.detach().abs().max().clamp_min(1e-3) / parameter.grad.abs().max()
+    return parameter.detach() - (1e-2 * size * parameter.grad).to(parameter.dtype)
 
 
 def default_loss(output: Any) -> Tensor:
@@ -104,7 +110,7 @@ class Proof:
         ]
         if silent:
             raise TrainingError(
-                f"{named(silent)} never called in this forward pass: what was attached there would train in vain"
+                f"not called in this forward pass: {named(silent)}; what was attached there would train in vain"
             )
 
     def gradients(self) -> None:
@@ -121,7 +127,7 @@ class Proof:
         ]
         if without:
             raise TrainingError(
-                f"{named(without)} without a gradient: the loss does not depend on it, or a graph was cut on the way"
+                f"without a gradient: {named(without)}; the loss does not depend on it, or a graph was cut on the way"
             )
 
     def key(self, i: int) -> str:
@@ -136,10 +142,10 @@ class Proof:
         ]
         if still:
             raise TrainingError(
-                f"{named(still)} did not move: the optimiser does not hold its parameters, or the step vanishes in {self.start[0].dtype}"
+                f"did not move: {named(still)}; the optimiser does not hold its parameters, or the step vanishes in {self.start[0].dtype}"
             )
 
 
 def named(keys: list[str]) -> str:
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-    return f"{shown}: {'was' if len(keys) == 1 else 'were'}"
+    return shown

@@ -108,22 +108,15 @@ def load(
         {f"{key}:{n}": t for key, module in modules.items() for n, t in module.state_dict().items()} | own,
         tensors,
     )
-    with torch.no_grad():
-        for key, module in modules.items():
-            for n, tensor in module.state_dict(keep_vars=True).items():
-                tensor.detach().copy_(tensors[f"{key}:{n}"])
     short = (
         name
         if name is not None
         else "".join(c if c.isalnum() or c in "-_" else "-" for c in local.name.split(".")[0])[:64] or "default"
     )
     adaptation = install(model, made, found, name=checked(model, short), seed=seed)
-    with torch.no_grad():
-        for n in adaptation.own:
-            owner, _, attribute = n.rpartition(".")
-            module = model.get_submodule(owner)
-            target = module._parameters.get(attribute)
-            (target if target is not None else module._buffers[attribute]).copy_(tensors[f"own:{n}"])  # type: ignore[union-attr]
+    with torch.no_grad():  # after everything that a method does on attaching
+        for key, tensor in adaptation.named_tensors(folded=False).items():
+            tensor.copy_(tensors[key])
     for number, values in state.items():
         adaptation.state[number].update(values)
     return adaptation

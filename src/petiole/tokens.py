@@ -21,6 +21,7 @@ from petiole.errors import AttachError
 from petiole.junction import Args, Kwargs, Point, Slot, of_input, of_output
 
 _CACHES = ("cache", "past_key_values")
+_ENCODED = "encoder_attention_mask"
 
 
 @lru_cache(maxsize=256)
@@ -63,24 +64,22 @@ class TokenSlot(Slot):
                 raise AttachError(
                     f"tokens of a text model enter before its first block; layers begins at {site.depth}, not 0"
                 )
-            module = host.module(entry)
-            self.kept = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+            readers = (
+                []
+                if stack.causal
+                else [text_entry(host.model, s.blocks[0].path) for s in host.anatomy.stacks if s.causal]
+            )
+            readers = [r for r in readers if r and r != entry and _ENCODED in parameters_of(type(host.module(r)))]
             yield Point(entry, "before", "embed", owns=True)
-            if self.kept:
-                for other in host.anatomy.stacks:
-                    reader = text_entry(host.model, other.blocks[0].path)
-                    if (
-                        reader is not None
-                        and reader != entry
-                        and "encoder_attention_mask" in parameters_of(type(host.module(reader)))
-                    ):
-                        yield Point(reader, "before", "lengthen")
+            for reader in readers:  # which goes on seeing them, so they are kept
+                yield Point(reader, "before", "lengthen")
+            if not readers:
+                # A decoder may shape its output by the length it was given; an encoder may pool its first token.
+                yield Point(entry if stack.causal else blocks[-1].path, "after", "strip")
         else:
-            self.kept = False
             yield Point(site.path, "before", "insert", owns=True)
             for block in blocks[site.depth + 1 :]:
                 yield Point(block.path, "before", "widen")
-        if not self.kept:
             yield Point(blocks[-1].path, "after", "strip")
 
     def first(self) -> TokenSlot:

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petiole.anatomy import Anatomy
+from petiole.anatomy import Anatomy, Block, Site
 from petiole.errors import AttachError
 from petiole.method import Base, Method, Moment, Place, TokenDelta
 
@@ -51,7 +51,7 @@ class PromptTuning(Method):
                 f"prompt-tuning: {anatomy.model_class} embeds no tokens; vpt puts prompts before image and audio patches"
             )
         stack = anatomy.stack(self.stack) if self.stack else anatomy.stacks[0]
-        yield Place(stack.blocks[0].site("block").at("input"), Prompt(self.length, embeddings[0].out_features))
+        yield Place(whole(stack.blocks[0]), Prompt(self.length, embeddings[0].out_features))
 
     def on_attach(self, moment: Moment) -> None:
         """Copy the embeddings of random tokens into the prompt."""
@@ -85,9 +85,12 @@ class VisualPromptTuning(Method):
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         stack = anatomy.stack(self.stack)
         for block in stack.blocks if self.deep else stack.blocks[:1]:
-            yield Place(
-                block.site("block").at("input"), Prompt(self.length, block.hidden_size, self.dropout, patch=True)
-            )
+            yield Place(whole(block), Prompt(self.length, block.hidden_size, self.dropout, patch=True))
+
+
+def whole(block: Block) -> Site:
+    """The input of a block."""
+    return next(site for site in block.sites if site.role == "block").at("input")
 
 
 class Prompt(TokenDelta):
