@@ -52,10 +52,10 @@ docs: venv
 	$(BIN)/zensical build --clean
 
 proofs: venv
-	@set -e; for script in proofs/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(sort $(wildcard proofs/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 bench: venv
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 # Pin what .venv holds now; the local part of a version ("+cpu") is left out, so that any build of it will do.
 constraints: $(BIN)/python
