@@ -258,16 +258,36 @@ def test_flops_of_a_mixture_count_the_experts_that_run() -> None:
     assert cost.forward_flops(model, batch) == L * block + 2 * n * D * V
 
 
-def test_flops_of_a_matrix_times_a_vector_are_counted() -> None:
-    class Score(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.direction = nn.Parameter(torch.ones(D))
+A, X, V1, V2 = torch.ones(3, 4), torch.ones(4, 5), torch.ones(4), torch.ones(3)
+AA, XX = A.expand(2, 3, 4), X.expand(2, 4, 5)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.direction
 
-    assert cost.forward_flops(Score(), torch.randn(B, D)) == 2 * B * D
+@pytest.mark.parametrize(
+    ("run", "products"),
+    [
+        (lambda: A @ X, 60),
+        (lambda: torch.zeros(3, 5).addmm_(A, X, beta=1, alpha=2), 60),
+        (lambda: torch.addmm(torch.zeros(5), A, X), 60),
+        (lambda: AA @ XX, 120),
+        (lambda: torch.zeros(2, 3, 5).baddbmm_(AA, XX), 120),
+        (lambda: torch.addbmm(torch.zeros(3, 5), AA, XX), 120),
+        (lambda: torch.einsum("bij,jk->bik", AA, X), 120),
+        (lambda: A @ V1, 12),
+        (lambda: torch.addmv(V2, A, V1), 12),
+        (lambda: V1 @ V1, 4),
+        (lambda: A + 1, 0),
+    ],
+    ids=["mm", "addmm_", "addmm", "bmm", "baddbmm_", "addbmm", "einsum", "mv", "addmv", "dot", "elementwise"],
+)
+def test_flops_of_every_kind_of_matrix_product(run: Any, products: int) -> None:
+    assert cost._flops(run) == 2 * products
+
+
+def test_flops_of_an_encoder_layer_are_the_same_in_one_kernel() -> None:
+    layer = nn.TransformerEncoderLayer(D, H, F, batch_first=True).eval()
+    expected = B * (T * 2 * (4 * D * D + 2 * D * F) + 2 * 2 * T * T * D)
+    assert cost.forward_flops(layer, torch.randn(B, T, D)) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_flops_are_counted_past_a_module_that_returns_a_view_of_its_parameter() -> None:

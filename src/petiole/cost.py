@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
 import statistics
 import time
@@ -273,6 +274,12 @@ def _grouped_mm(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
+def _product(*operands: Any, **_: Any) -> int:
+    """The product of the last two operands: (..., m, k) with (..., k, n), or with a vector (k,)."""
+    left, right = operands[-2:]
+    return int(2 * math.prod(left) * (right[-1] if len(right) > 1 else 1))
+
+
 # What torch's counter has no formula for, and would count as nothing: shapes of the operands -> FLOPs.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: int(sdpa_flop_count(q, k, v)),
@@ -280,10 +287,9 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
         lambda g, q, k, v, *_, **__: int(sdpa_backward_flop_count(g, q, k, v))
     ),
     _aten._grouped_mm: _grouped_mm,
-    _aten.mv: lambda a, x, **_: int(2 * a[0] * a[1]),
-    _aten.addmv: lambda y, a, x, **_: int(2 * a[0] * a[1]),
-    _aten.dot: lambda a, b, **_: int(2 * a[0]),
 }
+_FORMULAS |= dict.fromkeys((_aten.mv, _aten.dot, _aten.addmv, _aten.addmv_), _product)
+_FORMULAS |= dict.fromkeys((_aten.addmm_, _aten.addbmm, _aten.addbmm_, _aten.baddbmm_, _aten._int_mm), _product)
 
 
 class _OneTotal(nullcontext[None]):
@@ -295,8 +301,13 @@ class _OneTotal(nullcontext[None]):
 def _flops(run: Callable[[], Any]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     counter.mod_tracker = _OneTotal()  # type: ignore[assignment]
-    with counter:
-        run()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole encoder layer hides its products
+    try:
+        with counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops())
 
 
