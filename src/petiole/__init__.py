@@ -9,49 +9,43 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Imported at once, since functions and modules of one name (anatomy, attach) must not take each other's place.
+from petiole.adaptation import Adaptation
+from petiole.anatomy import Anatomy, anatomy
+from petiole.attach import activate, adaptations, attach, disabled, given, route
+from petiole.errors import PetioleError
+from petiole.method import Delta, Method, registry
+from petiole.store import load
+
 if TYPE_CHECKING:
-    from petiole.adaptation import Adaptation as Adaptation
-    from petiole.anatomy import Anatomy as Anatomy
-    from petiole.anatomy import anatomy as anatomy
-    from petiole.attach import activate as activate
-    from petiole.attach import adaptations as adaptations
-    from petiole.attach import attach as attach
-    from petiole.attach import disabled as disabled
-    from petiole.attach import given as given
-    from petiole.attach import route as route
-    from petiole.errors import PetioleError as PetioleError
-    from petiole.method import Delta as Delta
-    from petiole.method import Method as Method
-    from petiole.method import registry as registry
-    from petiole.store import load as load
     from petiole.training import Events as Events
     from petiole.training import Trainer as Trainer
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Adaptation": "adaptation",
-    "Anatomy": "anatomy",
-    "anatomy": "anatomy",
-    "activate": "attach",
-    "adaptations": "attach",
-    "attach": "attach",
-    "disabled": "attach",
-    "given": "attach",
-    "route": "attach",
-    "PetioleError": "errors",
-    "Delta": "method",
-    "Method": "method",
-    "registry": "method",
-    "load": "store",
-    "Events": "training",
-    "Trainer": "training",
-}
+_HERE = (
+    "Adaptation",
+    "Anatomy",
+    "Delta",
+    "Method",
+    "PetioleError",
+    "activate",
+    "adaptations",
+    "anatomy",
+    "attach",
+    "detach",
+    "disabled",
+    "given",
+    "load",
+    "registry",
+    "route",
+)
+_HOMES = {"Events": "training", "Trainer": "training"}
 
 
 def detach(model: Any, name: str | None = None) -> Any:
     """Take one adaptation off a model, or all of them, IN PLACE, and return the model as it came."""
-    from petiole.attach import adaptations, known, need_host
+    from petiole.attach import known, need_host
 
     host = need_host(model)
     for each in known(host, name) if name is not None else tuple(adaptations(model)):
@@ -63,7 +57,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"petiole.{_HOMES[name]}"), name)
     elif name == "__all__":
-        return sorted([*_HOMES, "detach", "__version__", *_methods()])
+        return sorted([*_HERE, *_HOMES, "__version__", *_methods()])
     elif name.startswith("_") or not name[:1].isupper():
         raise AttributeError(f"module 'petiole' has no attribute {name!r}")
     else:
@@ -71,7 +65,7 @@ def __getattr__(name: str) -> Any:
         if name not in found:
             import difflib
 
-            near = difflib.get_close_matches(name, [*found, *_HOMES], n=3)
+            near = difflib.get_close_matches(name, [*found, *_HOMES, *_HERE], n=3)
             raise AttributeError(
                 f"petiole has no method {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
             )
@@ -81,8 +75,6 @@ def __getattr__(name: str) -> Any:
 
 
 def _methods() -> dict[str, Any]:
-    from petiole.method import registry
-
     return {cls.__name__: cls for cls in registry().values()}
 
 

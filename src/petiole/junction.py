@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from petiole import factored
 from petiole.anatomy import Site
 from petiole.errors import AttachError
 from petiole.method import Base, Place, flipped, raw
@@ -277,6 +278,9 @@ class Junction(nn.Module):
         super().__init__()
         self.deltas = nn.ModuleDict()
         self.slots: list[tuple[Slot, Point]] = []
+        self._held: dict[
+            int, tuple[Tensor, list[factored.Factor]]
+        ] = {}  # by thread: x, and what will be added in one go
 
     def add(self, slot: Slot, point: Point) -> None:
         if point.owns:
@@ -294,6 +298,10 @@ class Junction(nn.Module):
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Forward pre-hook of the module."""
+        factors = self.factors(module, args, kwargs)
+        if factors:
+            self._held[threading.get_ident()] = (args[0], factors)
+            return (args[0].detach(), *args[1:]), kwargs
         changed = False
         for slot, point in self.slots:
             if point.when == "before" and point.act and slot.acts():
@@ -305,10 +313,30 @@ class Junction(nn.Module):
 
     def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Forward hook of the module."""
+        held = self._held.pop(threading.get_ident(), None) if self._held else None
+        if held is not None:
+            for slot, _ in self.slots:
+                slot.fired |= slot.acts()
+            return factored.add(held[0], output, module, held[1])
         for slot, point in self.slots:
             if point.when == "after" and slot.acts():
                 output = getattr(slot, point.act)(module, args, kwargs, output)
         return output
+
+    def factors(self, module: nn.Module, args: Args, kwargs: Kwargs) -> list[factored.Factor]:
+        """The changes that act here, if all of them are low-rank products on an ordinary linear: then they are added in one go."""
+        if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor) or args[0].ndim < 2:
+            return []
+        if len(module._forward_hooks) > 1 or not all(isinstance(slot, WeightSlot) for slot, _ in self.slots):
+            return []
+        found: list[factored.Factor] = []
+        for slot, _ in self.slots:
+            if slot.acts():
+                parts = slot.delta.factored()
+                if parts is None or len(slot.site.rows) > 1 or slot.host.rows(slot.adaptation, None) is not None:
+                    return []
+                found.append(factored.Factor(*parts, rows=slot.site.rows[0] if slot.site.rows else None))
+        return found if found and factored.plain(module) else []
 
 
 class ParameterSlot(Slot):

@@ -80,6 +80,10 @@ class WeightDelta(Delta):
         """x, as the frozen module got it -> Δy (..., out). The fallback forms ΔW; methods override it with something cheaper."""
         return base.apply(x, self.weight(base.weight), self.bias(base.bias))
 
+    def factored(self) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
+        """A (r, in), B (out, r), scale and Δb with ΔW = scale · B A, if in this forward pass the change is nothing more than that."""
+        return None
+
     def weight(self, base: Tensor) -> Tensor:
         """Frozen W (out, in, ...) -> ΔW of the same shape."""
         raise NotImplementedError(f"{type(self).__name__} doesn't say its ΔW")

@@ -83,6 +83,10 @@ class Decomposed(Factors):
         straight = base.output if base.bias is None else base.output - base.bias.to(base.output.dtype)
         return (ratio - 1) * straight + ratio * super().forward(x, base).to(base.output.dtype)
 
+    def factored(self) -> None:
+        """The change is more than its factors."""
+        return None
+
     def weight(self, base: Tensor) -> Tensor:
         """W (out, in) -> ΔW (out, in)"""
         ratio = (self.magnitude / self.norm(base))[:, None]

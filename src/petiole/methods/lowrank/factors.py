@@ -81,9 +81,11 @@ class Factors(WeightDelta):
     def bias(self, base: Tensor | None) -> Tensor | None:
         return self.delta_bias
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """(A, B, scale), for export and for batching several adaptations."""
-        return self.A, self.B, self.scale
+    def factored(self) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
+        """A, B, scale and Δb; None for embeddings and convolutions, and where dropout acts."""
+        if self.kind not in ("linear", "parameter") or (self.dropout is not None and self.training):
+            return None
+        return self.A, self.B, self.scale, self.delta_bias
 
 
 def convolve_1x1(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""What the benchmarks share: backbones, options, interleaved timing, the JSON they write."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def options(about: str, repeats: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seeds", type=int, default=1, help="how often everything is repeated with another seed")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds; each round runs every candidate once")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here, as one JSON object")
+    parser.add_argument("--only", default="", help="comma-separated names of backbones")
+    found = parser.parse_args()
+    torch.set_num_threads(found.threads)
+    return found
+
+
+def versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in ("torch", "transformers", "petiole", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def write(path: Path | None, figures: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+
+
+def interleaved(candidates: Mapping[str, Callable[[], None]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each candidate, round after round, so that what else the machine does falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(warmup + repeats):
+        for name, run in candidates.items():
+            gc.disable()
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            gc.enable()
+            if round_ >= warmup:
+                times[name].append(seconds)
+        gc.collect()
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], name: str, base: str) -> tuple[float, float, float]:
+    """Median of the round-by-round ratios, and the quartiles around it."""
+    ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return statistics.median(ratios), quartiles[0], quartiles[2]
+
+
+def bert(width: int = 512, layers: int = 6, batch: int = 8, length: int = 128, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=4 * width, vocab_size=1000, num_labels=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ids = torch.randint(1000, (batch, length))
+    return BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.randint(2, (batch,))}
+
+
+def llama(width: int = 512, layers: int = 6, batch: int = 4, length: int = 256, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8, intermediate_size=11 * width // 4,
+        vocab_size=1000,
+    )  # fmt: skip
+    ids = torch.randint(1000, (batch, length))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids.clone()}
+
+
+def vit(width: int = 192, layers: int = 12, batch: int = 32, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    config = ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=3, intermediate_size=4 * width, num_labels=10)
+    return ViTForImageClassification(config), {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.randint(10, (batch,))}
+
+
+BACKBONES = {"bert": bert, "llama": llama, "vit": vit}

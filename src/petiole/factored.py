@@ -1,0 +1,242 @@
+"""The fast path of weight changes that factor: y = W x + b + Σ s B A x as one node of the autograd graph.
+
+What costs time in the plain way (a hook that adds s B A x to the frozen module's output) is a second gradient for x, added to the first,
+and temporaries as large as y. Here the frozen module runs on a detached x, the low-rank products are added to its output in place, and
+one backward gives everything:
+
+    gB = s gᵀ (x Aᵀ)        gA = s (g B)ᵀ x        gx = g W + s (g B) A
+
+What costs memory is x itself, which frozen weights would not need. It is not kept where the backbone keeps what it comes from: x is
+mostly the output of a normalisation, an activation or attention, whose own nodes hold enough to compute it again (`Again`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One low-rank change: ΔW[rows] = scale · B A, Δb[rows] = bias.
+
+    Attributes:
+        A: (r, in). B: (n, r), with n the number of rows. bias: (n,) or None.
+        rows: (start, stop) of the output features that change; None for all.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    bias: Tensor | None = None
+    rows: tuple[int, int] | None = None
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a module is an ordinary linear whose forward is its weight's product and nothing else."""
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    if (
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or hasattr(module, "_hf_hook")
+        or "forward" in module.__dict__
+    ):
+        return False
+    return type(module).forward is nn.Linear.forward or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear, whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def add(x: Tensor, y: Tensor, module: nn.Module, factors: Sequence[Factor]) -> Tensor:
+    """x (..., in), y = W x + b (..., out) computed from a detached x -> y with all factors added, IN PLACE where y allows it."""
+    options = [(f.scale, f.rows, f.bias is not None) for f in factors]
+    tensors = [t for f in factors for t in (f.A, f.B, f.bias) if t is not None]
+    weight = module._parameters["weight"]
+    assert weight is not None
+    needs = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    again = Again.of(x) if needs and x.grad_fn is not None else None
+    return AddFactors.apply(x, y, weight.T if is_conv1d(module) else weight, again, options, *tensors)
+
+
+class AddFactors(torch.autograd.Function):
+    """See the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, again: Again | None, options: list[Any], *tensors: Tensor
+    ) -> Tensor:
+        kind = y.dtype
+        inputs, outputs = x.detach().reshape(-1, x.shape[-1]), y.detach().view(-1, y.shape[-1])
+        inputs = inputs.to(kind)
+        inner = []
+        with torch.autocast(x.device.type, enabled=False):
+            rest = list(tensors)
+            for scale, rows, has_bias in options:
+                A, B = rest.pop(0), rest.pop(0)
+                bias = rest.pop(0) if has_bias else None
+                low = (inputs @ A.to(kind).T).mul_(scale)  # s A x (N, r): scaled where it is thin
+                part = outputs if rows is None else outputs[:, rows[0] : rows[1]]
+                part.addmm_(low, B.to(kind).T)
+                if bias is not None:
+                    part.add_(bias.to(kind))
+                inner.append(low)
+        ctx.mark_dirty(y)
+        ctx.again, ctx.options, ctx.shape, ctx.dtype = again, options, x.shape, x.dtype
+        ctx.save_for_backward(weight, None if again is not None else inputs, *inner, *tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, inputs, *saved = ctx.saved_tensors
+        inner, rest = saved[: len(ctx.options)], list(saved[len(ctx.options) :])
+        g = gradient.reshape(-1, gradient.shape[-1])
+        kind = g.dtype
+        wants = list(ctx.needs_input_grad[5:])
+        if inputs is None and any(wants):
+            inputs = ctx.again.compute().reshape(-1, ctx.shape[-1])
+        out: list[Tensor | None] = []
+        with torch.autocast(g.device.type, enabled=False):
+            gx = g @ weight.to(kind) if ctx.needs_input_grad[0] else None
+            for (scale, rows, has_bias), low in zip(ctx.options, inner, strict=True):
+                A, B = rest.pop(0), rest.pop(0)
+                part = g if rows is None else g[:, rows[0] : rows[1]]
+                back = (part @ B.to(kind)).mul_(scale)  # s Bᵀ g (N, r)
+                out.append((back.T @ inputs.to(kind)).to(A.dtype) if wants.pop(0) else None)
+                out.append((part.T @ low).to(B.dtype) if wants.pop(0) else None)
+                if has_bias:
+                    bias = rest.pop(0)
+                    out.append(part.sum(0).to(bias.dtype) if wants.pop(0) else None)
+                if gx is not None:
+                    gx.addmm_(back, A.to(kind))
+        gx = None if gx is None else gx.view(ctx.shape).to(ctx.dtype)
+        # y came from a detached x and frozen weights; where something trains below it (a bias), its own node needs the gradient too.
+        gy = gradient if ctx.needs_input_grad[1] else None
+        return gx, gy, None, None, None, *out
+
+
+# ------------------------------------------------------------------------------------------------- computing an input once more
+
+
+class Again:
+    """How to get a tensor back from what the autograd graph above it keeps anyway.
+
+    Attributes:
+        node: the graph node whose output the tensor is. shape: of that output.
+    """
+
+    _last = threading.local()  # q, k and v ask for the same one after another
+
+    def __init__(self, node: Any, shape: torch.Size) -> None:
+        self.node, self.shape = node, shape
+
+    @classmethod
+    def of(cls, x: Tensor) -> Again | None:
+        """None where x must be kept itself: its history says too little, or saved tensors are not kept (checkpointing)."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+            return None
+        return cls(x.grad_fn, x.shape) if possible(x.grad_fn) else None
+
+    def compute(self) -> Tensor:
+        """The tensor, equal to the original up to rounding."""
+        last = getattr(Again._last, "found", None)
+        if last is not None and last[0] is self.node:
+            return last[1]
+        with torch.no_grad():
+            value = compute(self.node, self.shape)
+        if last is None:
+            torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward ends
+        Again._last.found = (self.node, value)
+        return value
+
+
+def forget() -> None:
+    """Drop the last tensor that was computed again."""
+    Again._last.found = None
+
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_SAME = ("CloneBackward0", "ToCopyBackward0")  # copies, and casts: the cast is done once, at the end
+_ATTENTION = (
+    "ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductCudnnAttentionBackward0",
+)
+
+
+def above(node: Any, index: int = 0) -> Any:
+    return node.next_functions[index][0] if node.next_functions else None
+
+
+def possible(node: Any, exact: bool = False, depth: int = 0) -> bool:
+    """Whether `compute` can serve a node. Saved tensors are not looked at: unpacking them is not free.
+
+    Args:
+        exact: whether the shape matters; views don't say theirs, so then they are no help.
+    """
+    if node is None or depth > 6:
+        return False
+    name = node.name()
+    if name in _RULES:
+        return True
+    if name in _VIEWS:
+        return not exact and possible(above(node), exact, depth + 1)
+    if name in _SAME:
+        return possible(above(node), exact, depth + 1)
+    if name == "TransposeBackward0":
+        return possible(above(node), True, depth + 1)
+    if name == "MulBackward0":
+        return all(kept_operand(node, i) or possible(above(node, i), True, depth + 1) for i in (0, 1))
+    return False
+
+
+def kept_operand(node: Any, index: int) -> bool:
+    """Whether a product kept this operand: it does so where the other one needs a gradient."""
+    return above(node, 1 - index) is not None
+
+
+def compute(node: Any, shape: torch.Size | None) -> Tensor:
+    name = node.name()
+    rule = _RULES.get(name)
+    if rule is not None:
+        return rule(node)
+    if name in _VIEWS:
+        value = compute(above(node), None)
+        return value.reshape(shape if shape is not None else value.shape)
+    if name in _SAME:
+        return compute(above(node), shape)
+    if name == "TransposeBackward0":
+        rank = 1 << 64  # dimensions counted from the end are stored as unsigned
+        dims = [d - rank if d > rank // 2 else d for d in (node._saved_dim0, node._saved_dim1)]
+        return compute(above(node), None).transpose(*dims)
+    saved = (node._saved_self, node._saved_other)
+    left, right = (saved[i] if kept_operand(node, i) else compute(above(node, i), None) for i in (0, 1))
+    return left * right
+
+
+def layer_norm(node: Any) -> Tensor:
+    value = (node._saved_input - node._saved_result1).mul_(node._saved_result2)
+    if node._saved_weight is not None:
+        value.mul_(node._saved_weight)
+    return value if node._saved_bias is None else value.add_(node._saved_bias)
+
+
+_RULES: dict[str, Callable[[Any], Tensor]] = {
+    "NativeLayerNormBackward0": layer_norm,
+    "GeluBackward0": lambda node: nn.functional.gelu(node._saved_self, approximate=node._saved_approximate),
+    "SiluBackward0": lambda node: nn.functional.silu(node._saved_self),
+    **dict.fromkeys(_ATTENTION, lambda node: node._saved_output),
+}
