@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from petiole.errors import AnatomyError
-from petiole.roles import FFN_ROLES, OUTSIDE_ROLES, ROLES, LinearRole, Role
+from petiole.roles import ATTENTION_ROLES, FFN_ROLES, OUTSIDE_ROLES, ROLES, LinearRole, Role
 
 __all__ = ["Anatomy", "Block", "LinearRole", "Role", "Side", "Site", "Stack", "anatomy"]
 
@@ -24,7 +24,7 @@ Kind = Literal["linear", "conv", "embedding", "norm", "module", "parameter"]
 Rows = tuple[tuple[int, int], ...]
 
 # The sub-layer that a role is in unless said otherwise; left out of a site's key.
-_HOME = dict.fromkeys(("q", "k", "v", "o", "qkv"), "attention") | dict.fromkeys(FFN_ROLES, "ffn")
+_HOME = dict.fromkeys(ATTENTION_ROLES, "attention") | dict.fromkeys(FFN_ROLES, "ffn")
 
 
 # ------------------------------------------------------------------------------------------------------------------- what there is
@@ -166,7 +166,9 @@ class Anatomy:
             for stack in self.stacks:
                 if stack.name == name:
                     return stack
-            raise AnatomyError(f"{self.model_class} has no stack {name!r}; it has {known}{_near(name, [s.name for s in self.stacks])}")
+            raise AnatomyError(
+                f"{self.model_class} has no stack {name!r}; it has {known}{_near(name, [s.name for s in self.stacks])}"
+            )
         main = _main(self.stacks, any(site.role == "lm_head" for site in self.outside))
         if main is None:
             raise AnatomyError(f"{self.model_class} has several stacks and none is the main one: name one of {known}")
@@ -190,7 +192,11 @@ class Anatomy:
         Raises:
             AnatomyError: a role matches nothing or only some blocks of a kind, or a depth is out of range.
         """
-        request = f"roles={list(roles)}" + (f", layers={list(layers)}" if layers is not None else "") + (f", stack={stack!r}" if stack else "")
+        request = (
+            f"roles={list(roles)}"
+            + (f", layers={list(layers)}" if layers is not None else "")
+            + (f", stack={stack!r}" if stack else "")
+        )
         if isinstance(roles, str):
             raise AnatomyError(f"roles={roles!r}: give a list of roles, such as [{roles!r}]")
         chosen: dict[int, Site] = {}
@@ -202,7 +208,9 @@ class Anatomy:
         order = {id(site): index for index, site in enumerate(self._everything())}
         return sorted(chosen.values(), key=lambda site: order[id(site)])
 
-    def _of_role(self, asked: str, layers: Sequence[int] | None, stack: str | None, partial: bool, request: str) -> list[Site]:
+    def _of_role(
+        self, asked: str, layers: Sequence[int] | None, stack: str | None, partial: bool, request: str
+    ) -> list[Site]:
         where, colon, rest = asked.rpartition(":")
         within, _, role = rest.rpartition(".")
         if (role in OUTSIDE_ROLES and not where) or (colon and not where):
@@ -211,10 +219,17 @@ class Anatomy:
         found: list[Site] = []
         for part in [self.stack(where or stack)] if where or stack else self.stacks:
             blocks = [part.blocks[depth] for depth in _depths(part, layers, self.model_class, request)]
-            hits = {block.depth: [s for s in block.sites if s.role == role and (not within or s.within == within)] for block in blocks}
+            hits = {
+                block.depth: [s for s in block.sites if s.role == role and (not within or s.within == within)]
+                for block in blocks
+            }
             if not any(hits.values()):
                 continue
-            missing = [b.depth for b in blocks if not hits[b.depth] and any(hits[o.depth] for o in blocks if o.layout == b.layout)]
+            missing = [
+                b.depth
+                for b in blocks
+                if not hits[b.depth] and any(hits[o.depth] for o in blocks if o.layout == b.layout)
+            ]
             if missing and not partial:
                 have = sum(bool(sites) for sites in hits.values())
                 raise AnatomyError(
@@ -226,7 +241,9 @@ class Anatomy:
 
     def _unknown(self, asked: str, request: str) -> AnatomyError:
         role = asked.rpartition(":")[2]
-        names = sorted({n for s in self._everything() for n in (s.role, f"{s.within}.{s.role}" if s.within else s.role)})
+        names = sorted(
+            {n for s in self._everything() for n in (s.role, f"{s.within}.{s.role}" if s.within else s.role)}
+        )
         modules = sorted({s.path.rpartition(".")[2] for s in self._everything() if s.path})
         why = next((note for note in self.notes if role.rpartition(".")[2] in note.partition(":")[0].split("/")), "")
         return AnatomyError(
@@ -239,7 +256,11 @@ class Anatomy:
         lines = []
         for stack in self.stacks:
             counts = _counts(stack)
-            lines.append(f"{stack.name}: " + ", ".join(f"{role} {n}" for role, (n, _) in counts.items()) + f" of {len(stack.blocks)} blocks")
+            lines.append(
+                f"{stack.name}: "
+                + ", ".join(f"{role} {n}" for role, (n, _) in counts.items())
+                + f" of {len(stack.blocks)} blocks"
+            )
         return "; ".join(lines)
 
     def coverage(self) -> str:
@@ -248,15 +269,18 @@ class Anatomy:
         for stack in self.stacks:
             kinds = Counter(block.kind for block in stack.blocks)
             about = ", ".join(f"{n} {kind}" if len(kinds) > 1 else kind for kind, n in kinds.items())
+            attends = any("attention" in site.role for block in stack.blocks for site in block.sites)
             again = {site.repeats for block in stack.blocks for site in block.sites} - {1}
             lines.append(
                 f"  {stack.name}: {len(stack.blocks)} block{'s' * (len(stack.blocks) != 1)} ({about}), width {stack.hidden_size}"
                 + (", causal" if stack.causal else "")
                 + (f", each run {max(again)} times" if again else "")
-                + ("" if stack.attention_interface or not any("attention" in site.role for b in stack.blocks for site in b.sites) else ", no attention interface")
+                + (", no attention interface" if attends and not stack.attention_interface else "")
             )
             for role, (count, kind) in _counts(stack).items():
-                lines.append(f"    {role}: {count} of {len(stack.blocks)} blocks" + (f" (every {kind})" if kind else ""))
+                lines.append(
+                    f"    {role}: {count} of {len(stack.blocks)} blocks" + (f" (every {kind})" if kind else "")
+                )
         for role, number in Counter(site.role for site in self.outside).items():
             paths = [site.path for site in self.outside if site.role == role]
             lines.append(f"  outside: {role}: {', '.join(paths[:4])}{f' and {number - 4} more' if number > 4 else ''}")
@@ -301,14 +325,24 @@ def _counts(stack: Stack) -> dict[str, tuple[int, str]]:
     holders: dict[str, set[int]] = {}
     for block in stack.blocks:
         for site in block.sites:
-            away = site.within == "cross_attention" or (site.within == "mixer" and site.role in ("linear", "q", "k", "v", "o"))
+            away = site.within in ("cross_attention", "mixer") and site.role in (*ATTENTION_ROLES, "linear")
             holders.setdefault(f"{site.within}.{site.role}" if away else site.role, set()).add(block.depth)
     counts = {}
     for role in sorted(holders, key=lambda r: (ROLES.index(r.rpartition(".")[2]), r)):
-        whole = [kind for kind in dict.fromkeys(b.kind for b in stack.blocks) if all(b.depth in holders[role] for b in stack.blocks if b.kind == kind)]
+        kinds: dict[str, set[int]] = {}
+        for block in stack.blocks:
+            kinds.setdefault(_kind(stack, block), set()).add(block.depth)
+        whole = [kind for kind, depths in kinds.items() if depths <= holders[role]]
         some = len(holders[role]) < len(stack.blocks)
         counts[role] = (len(holders[role]), ", ".join(whole) if some else "")
     return counts
+
+
+def _kind(stack: Stack, block: Block) -> str:
+    """The class of a block; where blocks of that class are built differently, also the parts that not all of them have."""
+    layouts = [set(other.layout) for other in stack.blocks if other.kind == block.kind]
+    own = [part for part in block.layout[1:] if not all(part in layout for layout in layouts)]
+    return block.kind + (f" with {', '.join(part.partition(':')[0] for part in own)}" if own else "")
 
 
 def _near(name: str, known: Iterable[str], say: str = "nearest") -> str:
@@ -319,7 +353,9 @@ def _near(name: str, known: Iterable[str], say: str = "nearest") -> str:
 # ---------------------------------------------------------------------------------------------------------------------- finding it
 
 
-def anatomy(model: nn.Module, *, stacks: Mapping[str, str] | None = None, roles: Mapping[str, str] | None = None) -> Anatomy:
+def anatomy(
+    model: nn.Module, *, stacks: Mapping[str, str] | None = None, roles: Mapping[str, str] | None = None
+) -> Anatomy:
     """Find the stacks, blocks, roles and sites of a model. Runs nothing, reads no value.
 
     Args:

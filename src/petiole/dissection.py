@@ -11,13 +11,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from petiole import roles as table
 from petiole.anatomy import Block, Kind, Rows, Site
-from petiole.leaves import Leaf, Names, attention_named, attribute, children, common, has_tensor, join, leaves, parent, under
+from petiole.leaves import (
+    Leaf,
+    Names,
+    attention_named,
+    attribute,
+    children,
+    common,
+    has_tensor,
+    join,
+    leaves,
+    parent,
+    under,
+)
 
 SUBLAYERS = ("attention", "cross_attention", "ffn", "mixer")
 HOME = dict.fromkeys(table.ATTENTION_ROLES, "attention") | dict.fromkeys(table.FFN_ROLES, "ffn")
@@ -54,9 +67,16 @@ def cores(found: list[Leaf], names: Names) -> list[Core]:
         role = names.role(leaf.path, table.ATTENTION) if leaf.kind == "linear" else ""
         if role in ("q", "k", "v", "qkv", "kv") and not in_experts(leaf.path):
             groups.setdefault(parent(leaf.path), Core(parent(leaf.path))).parts.setdefault(role, leaf)
-    known = {p: core for p, core in groups.items() if core.mha or "qkv" in core.parts or core.parts.keys() >= {"q", "k", "v"} or core.parts.keys() >= {"q", "kv"}}
+    sets: tuple[set[str], ...] = ({"qkv"}, {"q", "k", "v"}, {"q", "kv"})
+    known = {
+        path: core for path, core in groups.items() if core.mha or any(core.parts.keys() >= parts for parts in sets)
+    }
     for path, core in groups.items():
-        if path not in known and core.parts and (attention_named(path) or any(names.told(leaf.path)[1] for leaf in core.parts.values())):
+        if (
+            path not in known
+            and core.parts
+            and (attention_named(path) or any(names.told(leaf.path)[1] for leaf in core.parts.values()))
+        ):
             known[path] = core
     for leaf in found:
         named = next((above for above in ancestors(leaf.path) if attention_named(above)), "")
@@ -72,7 +92,9 @@ def in_experts(path: str) -> bool:
 class Dissection:
     """One block, opened: gives every leaf a role, and the sub-layers their entries and exits."""
 
-    def __init__(self, block: Found, stack: str, depth: int, configs: list[Any], names: Names, spans: Mapping[str, str]) -> None:
+    def __init__(
+        self, block: Found, stack: str, depth: int, configs: list[Any], names: Names, spans: Mapping[str, str]
+    ) -> None:
         self.block, self.stack, self.depth, self.configs = block, stack, depth, configs
         self.module, self.names, self.spans = block.module, names, spans
         self.leaves = list(leaves(block.module))
@@ -86,9 +108,24 @@ class Dissection:
     def get(self, path: str) -> nn.Module:
         return self.module.get_submodule(path) if path else self.module
 
-    def put(self, role: str, path: str, kind: Kind, inputs: int, outputs: int, within: str = "", at: float = 0, **more: Any) -> None:
+    def put(
+        self, role: str, path: str, kind: Kind, inputs: int, outputs: int, within: str = "", at: float = 0, **more: Any
+    ) -> None:
         """Note a site; `path`, `exit` and the like are relative to the block until `done`."""
-        site = Site(role, self.stack, self.depth, 0, within, path, more.pop("exit", path), "output", kind, inputs, outputs, **more)
+        site = Site(
+            role,
+            self.stack,
+            self.depth,
+            0,
+            within,
+            path,
+            more.pop("exit", path),
+            "output",
+            kind,
+            inputs,
+            outputs,
+            **more,
+        )
         self.sites.append((self.order.get(path, 0) + at, site))
 
     # ---- the steps
@@ -112,7 +149,10 @@ class Dissection:
         if not self.attentions and not self.mixers:
             convs = [leaf for leaf in self.leaves if leaf.kind == "conv"]
             if convs and self.hidden == 0:
-                self.hidden, outputs = convs[0].inputs, max(convs[-1].outputs, convs[0].outputs if len(convs) == 1 else 0)
+                self.hidden, outputs = (
+                    convs[0].inputs,
+                    max(convs[-1].outputs, convs[0].outputs if len(convs) == 1 else 0),
+                )
         self.put("block", "", "module", self.hidden or outputs, outputs, at=-1, parameter="", bias="")
         return self.done(outputs)
 
@@ -129,8 +169,13 @@ class Dissection:
                 absolute["core"] = join(root, site.core)
             sites.append(replace(site, number=numbers[which], repeats=self.block.repeats, **absolute))  # type: ignore[arg-type]
             numbers[which] += 1
-        layout = (type(self.module).__name__, *(f"{n}:{type(m).__name__}" for n, m in children(self.module) if next(leaves(m), None)))
-        return Block(self.stack, self.depth, root, type(self.module).__name__, tuple(sites), self.block.stage, width, layout)
+        layout = (
+            type(self.module).__name__,
+            *(f"{n}:{type(m).__name__}" for n, m in children(self.module) if next(leaves(m), None)),
+        )
+        return Block(
+            self.stack, self.depth, root, type(self.module).__name__, tuple(sites), self.block.stage, width, layout
+        )
 
     def is_mixer(self, path: str) -> bool:
         return any(part.lower() in table.MIXER for part in path.split(".")) and self.recurrent(path)
@@ -144,7 +189,11 @@ class Dissection:
         found: list[str] = []
         for path, module in modules(self.module):
             name = path.rpartition(".")[2].lower()
-            if name not in table.MIXER or any(under(path, other) for other in found) or any(under(c.path, path) for c in self.attentions):
+            if (
+                name not in table.MIXER
+                or any(under(path, other) for other in found)
+                or any(under(c.path, path) for c in self.attentions)
+            ):
                 continue
             inside = list(leaves(module))
             if any(leaf.kind == "linear" and leaf.path for leaf in inside) and self.recurrent(path):
@@ -161,9 +210,15 @@ class Dissection:
                 if role in core.parts:
                     return core.parts[role].inputs
         for leaf in self.leaves:
-            if leaf.kind == "linear" and any(under(leaf.path, path) for path in (*self.mixers, *(c.path for c in self.attentions))):
+            if leaf.kind == "linear" and any(
+                under(leaf.path, path) for path in (*self.mixers, *(c.path for c in self.attentions))
+            ):
                 return leaf.inputs
-        ups = [leaf.inputs for leaf in self.leaves if leaf.kind == "linear" and self.names.role(leaf.path, table.FFN) in ("up", "gate")]
+        ups = [
+            leaf.inputs
+            for leaf in self.leaves
+            if leaf.kind == "linear" and self.names.role(leaf.path, table.FFN) in ("up", "gate")
+        ]
         norms = Counter(leaf.inputs for leaf in self.leaves if leaf.kind == "norm")
         if ups:
             return ups[0]
@@ -189,7 +244,11 @@ class Dissection:
         core.output = self.output_projection(core)
         core.whole = common([core.path + ".", core.output.path]) if core.output and core.path else core.path
         for leaf in self.leaves:
-            if leaf not in self.where and under(leaf.path, core.whole) and (core.whole or leaf in (*core.parts.values(), core.output)):
+            if (
+                leaf not in self.where
+                and under(leaf.path, core.whole)
+                and (core.whole or leaf in (*core.parts.values(), core.output))
+            ):
                 self.where[leaf] = within
         heads, shared, size = self.heads(core)
         if core.mha:
@@ -219,7 +278,11 @@ class Dissection:
                 and self.names.role(leaf.path, table.ATTENTION) == "o" and not any(under(leaf.path, other) for other in others)
             ]  # fmt: skip
             if not core.path:  # q, k and v stand in the block itself
-                found = [leaf for leaf in found if "." not in leaf.path and leaf.path.lower() not in ("output", "dense", "proj_out")]
+                found = [
+                    leaf
+                    for leaf in found
+                    if not parent(leaf.path) and leaf.path.lower() not in ("output", "dense", "proj_out")
+                ]
             right = [leaf for leaf in found if leaf.outputs == self.hidden]
             if found:
                 return (right or found)[0]
@@ -227,7 +290,11 @@ class Dissection:
 
     def norm_before(self, root: str, leaf: Leaf) -> bool:
         """Whether a module normalises its input itself, ahead of this leaf."""
-        before = (n for n in self.leaves if n.kind == "norm" and parent(n.path) == root and n.inputs == self.hidden and not of_head(n))
+        before = (
+            n
+            for n in self.leaves
+            if n.kind == "norm" and parent(n.path) == root and n.inputs == self.hidden and not of_head(n)
+        )
         return any(self.order[norm.path] < self.order[leaf.path] for norm in before)
 
     def heads(self, core: Core) -> tuple[int, int, int]:
@@ -238,21 +305,32 @@ class Dissection:
         if core.mha:
             return heads, heads, core.mha.inputs // max(heads, 1)
         if not size and heads and (parts.keys() & {"q", "qkv"}):
-            size = (parts["q"].outputs if "q" in parts else parts["qkv"].inputs) // heads
+            whole = parts["q"].outputs if "q" in parts else core.output.inputs if core.output else parts["qkv"].inputs
+            size = whole // heads
         wide = {"k": 1, "kv": 2, "qkv": 2}
         for role, share in wide.items():
             if size and heads and role in parts:
                 rest = parts[role].outputs - (heads * size if role == "qkv" else 0)
-                return (heads, rest // (share * size), size) if rest > 0 and rest % (share * size) == 0 else (heads, 0, 0)
+                return (
+                    (heads, rest // (share * size), size) if rest > 0 and rest % (share * size) == 0 else (heads, 0, 0)
+                )
         return heads, 0, 0
 
     def projections(self, core: Core, within: str) -> None:
         parts, path = core.parts, core.path
         if not parts and path:
             for leaf in self.leaves:  # one linear three times as wide as its input, unknown by name
-                if leaf.kind == "linear" and parent(leaf.path) == path and leaf.outputs == 3 * leaf.inputs and leaf is not core.output:
+                if (
+                    leaf.kind == "linear"
+                    and parent(leaf.path) == path
+                    and leaf.outputs == 3 * leaf.inputs
+                    and leaf is not core.output
+                ):
                     self.role[leaf] = "qkv"
-                    self.note("q/k/v", f"`{leaf.path}` holds q, k and v, but not in an order that can be told; `qkv` is the whole of it")
+                    self.note(
+                        "q/k/v",
+                        f"`{leaf.path}` holds q, k and v, but not in an order that can be told; `qkv` is the whole of it",
+                    )
         for role, leaf in parts.items():
             self.role[leaf] = "linear" if role == "kv" else role
         if core.output:
@@ -265,7 +343,10 @@ class Dissection:
             if rows:
                 self.slices(parts["qkv"], within, q=rows[0], k=rows[1], v=rows[2])
             else:
-                self.note("q/k/v", f"`{parts['qkv'].path}` holds q, k and v, but not in an order that can be told; `qkv` is the whole of it")
+                self.note(
+                    "q/k/v",
+                    f"`{parts['qkv'].path}` holds q, k and v, but not in an order that can be told; `qkv` is the whole of it",
+                )
 
     def split(self, core: Core, leaf: Leaf) -> tuple[Rows, Rows, Rows] | None:
         """Row ranges of q, k and v in a fused linear, None if they can't be told."""
@@ -291,7 +372,18 @@ class Dissection:
         """Sites for the parts of a fused linear."""
         for n, (role, rows) in enumerate(parts.items(), 1):
             width = sum(stop - start for start, stop in rows)
-            self.put(role, leaf.path, "linear", leaf.inputs, width, within, n / 10, rows=rows, transposed=leaf.transposed, **self.tensors(leaf))
+            self.put(
+                role,
+                leaf.path,
+                "linear",
+                leaf.inputs,
+                width,
+                within,
+                n / 10,
+                rows=rows,
+                transposed=leaf.transposed,
+                **self.tensors(leaf),
+            )
 
     def multihead(self, leaf: Leaf, within: str) -> None:
         """torch's own attention: its projections are parameters, and its output projection is never called."""
@@ -306,8 +398,19 @@ class Dissection:
                 self.put(role, leaf.path, "parameter", d, d, within, n / 10, rows=part, **fused)
         else:
             for n, role in enumerate("qkv", 1):  # the bias is shared by all three, so it belongs to none
-                out, width = leaf.module._parameters[f"{role}_proj_weight"].shape
-                self.put(role, leaf.path, "parameter", width, out, within, n / 10, parameter=f"{role}_proj_weight", bias="", **own)
+                out, width = leaf.module.get_parameter(f"{role}_proj_weight").shape
+                self.put(
+                    role,
+                    leaf.path,
+                    "parameter",
+                    width,
+                    out,
+                    within,
+                    n / 10,
+                    parameter=f"{role}_proj_weight",
+                    bias="",
+                    **own,
+                )
         path = join(leaf.path, "out_proj")
         bias = "bias" if getattr(leaf.module.out_proj, "bias", None) is not None else ""
         self.put("o", path, "parameter", d, d, within, bias=bias, **own)
@@ -318,7 +421,9 @@ class Dissection:
         free = [
             leaf
             for leaf in self.leaves
-            if leaf not in self.where and leaf.kind in ("linear", "packed") and not re.search(r"emb|norm", leaf.path.lower().rpartition(".")[0])
+            if leaf not in self.where
+            and leaf.kind in ("linear", "packed")
+            and not re.search(r"emb|norm", leaf.path.lower().rpartition(".")[0])
         ]
         units: dict[str, list[Leaf]] = {}
         for down in free:
@@ -328,7 +433,9 @@ class Dissection:
                 self.pair(down, free, units)
         self.pair_by_shape([leaf for leaf in free if leaf not in self.role and leaf.kind == "linear"], units)
         for root in sorted(units, key=len, reverse=True):  # an expert's network belongs to the network of all experts
-            outer = next((other for other in sorted(units, key=len) if other and other != root and under(root, other)), None)
+            outer = next(
+                (other for other in sorted(units, key=len) if other and other != root and under(root, other)), None
+            )
             if outer is not None:
                 units[outer] += units.pop(root)
         for root, members in units.items():
@@ -348,11 +455,12 @@ class Dissection:
                 return
 
     def pair_by_shape(self, free: list[Leaf], units: dict[str, list[Leaf]]) -> None:
-        """Two linears d -> f -> d side by side, whatever their names."""
-        for up, down in zip(free, free[1:], strict=False):
-            beside = parent(up.path) == parent(down.path)
-            if beside and up not in self.role and up.inputs == down.outputs == self.hidden and up.outputs == down.inputs:
-                self.unit(parent(up.path), [up], down, units)
+        """Two linears d -> f -> d, one after the other, whatever their names."""
+        for up, down in pairwise(free):
+            right = up.inputs == down.outputs == self.hidden and up.outputs == down.inputs and up not in self.role
+            root = parent(up.path)
+            if right and (root == parent(down.path) or up.outputs != self.hidden):
+                self.unit(common([up.path, down.path]), [up], down, units)
 
     def unit(self, root: str, ups: list[Leaf], down: Leaf, units: dict[str, list[Leaf]]) -> None:
         for up in ups:
@@ -371,11 +479,13 @@ class Dissection:
         units.setdefault(root, []).extend([*ups, down])
 
     def feed_forward(self, root: str, members: list[Leaf]) -> None:
-        inside = [leaf for leaf in self.leaves if under(leaf.path, root) and leaf not in self.where] if root else members
+        inside = (
+            [leaf for leaf in self.leaves if under(leaf.path, root) and leaf not in self.where] if root else members
+        )
         for leaf in inside:
             self.where[leaf] = "ffn"
-            experts = any(in_experts(m.path) or m.kind == "packed" for m in members)
-            if experts and leaf not in self.role and leaf.kind in ("router", "linear") and self.names.role(leaf.path, table.FFN) in ("router", "gate"):
+            named = leaf.kind in ("router", "linear") and self.names.role(leaf.path, table.FFN) in ("router", "gate")
+            if named and leaf not in self.role and any(in_experts(m.path) or m.kind == "packed" for m in members):
                 self.role[leaf] = "router"
         ups = [leaf for leaf in members if self.role.get(leaf) in ("up", "gate", "gate_up")]
         downs = [leaf for leaf in members if self.role.get(leaf) == "down"]
@@ -402,19 +512,33 @@ class Dissection:
         elif role_name(leaf) in table.GATE_FIRST or last is False:
             self.slices(leaf, "ffn", gate=first, up=second)
         else:
-            self.note("gate/up", f"`{leaf.path}` holds gate and up in an order that can't be told; `gate_up` is the whole of it")
+            self.note(
+                "gate/up",
+                f"`{leaf.path}` holds gate and up in an order that can't be told; `gate_up` is the whole of it",
+            )
 
     def packed(self, leaf: Leaf) -> None:
         """Experts in one tensor (E, ., .): a site for each matrix of each expert."""
-        own = {name: p for name, p in leaf.module._parameters.items() if p is not None and p.ndim == 3 and self.names.role(name, table.FFN)}
-        gated = getattr(leaf.module, "has_gate", True) and not any(self.names.role(name, table.FFN) == "gate" for name in own)
+        own = {
+            name: p
+            for name, p in leaf.module._parameters.items()
+            if p is not None and p.ndim == 3 and self.names.role(name, table.FFN)
+        }
+        gated = getattr(leaf.module, "has_gate", True) and not any(
+            self.names.role(name, table.FFN) == "gate" for name in own
+        )
         downs = [p for name, p in own.items() if self.names.role(name, table.FFN) == "down"]
         told = getattr(leaf.module, "is_transposed", None)
         inner = next((side for p in downs for side in p.shape[1:] if side != self.hidden), self.hidden)
         for n, (name, tensor) in enumerate(own.items()):
             role, (count, rows, columns) = self.names.role(name, table.FFN), tensor.shape
             out = self.hidden if role == "down" else inner
-            fused = role == "up" and gated and 2 * inner in (rows, columns) and (self.hidden, inner) != (rows, columns) != (inner, self.hidden)
+            fused = (
+                role == "up"
+                and gated
+                and 2 * inner in (rows, columns)
+                and (self.hidden, inner) != (rows, columns) != (inner, self.hidden)
+            )
             transposed = bool(told) if told is not None else rows != (2 * out if fused else out)
             inputs, outputs = (rows, columns) if transposed else (columns, rows)
             bias = next((b for b in (f"{name}_bias", f"{name}.bias") if leaf.module._parameters.get(b) is not None), "")
@@ -422,7 +546,9 @@ class Dissection:
             if fused and getattr(leaf.module, "is_concatenated", True) and role_name(leaf, name) in table.GATE_FIRST:
                 halves = {"gate": ((0, outputs // 2),), "up": ((outputs // 2, outputs),)}
             elif fused:
-                self.note("gate/up", f"`{join(leaf.path, name)}` holds gate and up interleaved; `gate_up` is the whole of it")
+                self.note(
+                    "gate/up", f"`{join(leaf.path, name)}` holds gate and up interleaved; `gate_up` is the whole of it"
+                )
             for expert in range(count):
                 for m, (part, cut) in enumerate({"gate_up" if fused else role: (), **halves}.items()):
                     width = sum(stop - start for start, stop in cut) or outputs
@@ -433,7 +559,7 @@ class Dissection:
 
     # ---- what is left
 
-    def tensors(self, leaf: Leaf) -> dict[str, str]:
+    def tensors(self, leaf: Leaf) -> dict[str, Any]:
         return {"parameter": "weight", "bias": "bias" if has_bias(leaf.module) else ""}
 
     def leaf(self, leaf: Leaf) -> None:
@@ -447,9 +573,26 @@ class Dissection:
         elif leaf.kind == "norm":
             deep = any(under(leaf.path, c.path) and parent(leaf.path) != c.path for c in self.attentions if c.path)
             inner = of_head(leaf) or leaf.inputs not in (self.hidden, 0) or deep
-            self.put(role or "norm", leaf.path, "norm", leaf.inputs, leaf.outputs, within if inner or within == "mixer" else "", **norm_tensors(leaf))
+            self.put(
+                role or "norm",
+                leaf.path,
+                "norm",
+                leaf.inputs,
+                leaf.outputs,
+                within if inner or within == "mixer" else "",
+                **norm_tensors(leaf),
+            )
         elif leaf.kind == "linear":
-            self.put(role or "linear", leaf.path, "linear", leaf.inputs, leaf.outputs, within, transposed=leaf.transposed, **self.tensors(leaf))
+            self.put(
+                role or "linear",
+                leaf.path,
+                "linear",
+                leaf.inputs,
+                leaf.outputs,
+                within,
+                transposed=leaf.transposed,
+                **self.tensors(leaf),
+            )
         elif leaf.kind == "router":  # its output is more than a product: the change has to be in the weight
             own: dict[str, Any] = {"called": False, "caller": leaf.path, **self.tensors(leaf)}
             self.put(role or "linear", leaf.path, "parameter", leaf.inputs, leaf.outputs, within, **own)
@@ -468,7 +611,9 @@ class Dissection:
                 continue
             self.sites = [(n, site) for n, site in self.sites if site.role != role]
             more = {"core": first} if role in ("attention", "cross_attention") else {}
-            self.put(role, first, "module", self.hidden, self.hidden, within, -0.1, exit=last, parameter="", bias="", **more)
+            self.put(
+                role, first, "module", self.hidden, self.hidden, within, -0.1, exit=last, parameter="", bias="", **more
+            )
 
     def match(self, end: str) -> str | None:
         """The first module of the block whose path ends so."""
@@ -494,7 +639,7 @@ def modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 def role_name(leaf: Leaf, tensor: str = "") -> str:
     """The name under which the table knows a leaf."""
     path = (tensor or leaf.path).lower().split(".")
-    return path[-1] if not path[-1].isdigit() or len(path) == 1 else path[-2]
+    return path[-2] if len(path) > 1 and (path[-1].isdigit() or path[-1] in table.WRAPPED) else path[-1]
 
 
 def of_head(leaf: Leaf) -> bool:
@@ -503,10 +648,12 @@ def of_head(leaf: Leaf) -> bool:
 
 
 def has_bias(module: nn.Module) -> bool:
-    return module._parameters.get("bias") is not None or (has_tensor(module, "bias") and getattr(module, "bias", None) is not None)
+    return module._parameters.get("bias") is not None or (
+        has_tensor(module, "bias") and getattr(module, "bias", None) is not None
+    )
 
 
-def norm_tensors(leaf: Leaf) -> dict[str, str]:
+def norm_tensors(leaf: Leaf) -> dict[str, Any]:
     own = [name for name, p in leaf.module._parameters.items() if p is not None]
     weight = "weight" if "weight" in own else next((name for name in own if name not in ("bias", "beta")), "")
     return {"parameter": weight, "bias": next((name for name in ("bias", "beta") if name in own), "")}

@@ -48,25 +48,32 @@ def leaves(module: nn.Module, path: str = "") -> Iterator[Leaf]:
 def as_leaf(module: nn.Module, path: str) -> Leaf | None:
     """What a module is, judged by its sizes and the shapes of its tensors, not by its class."""
     own = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
+    held: Any = module  # torch types every attribute of a module as a tensor or a module
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if "in_proj_bias" in module._parameters and hasattr(module, "out_proj"):
-        return Leaf(path, module, "mha", module.embed_dim, module.embed_dim)
-    if isinstance(inputs, int) and isinstance(outputs, int) and (own or module._buffers or has_tensor(module, "weight")):
+        return Leaf(path, module, "mha", held.embed_dim, held.embed_dim)
+    if (
+        isinstance(inputs, int)
+        and isinstance(outputs, int)
+        and (own or module._buffers or has_tensor(module, "weight"))
+    ):
         return Leaf(path, module, "linear", inputs, outputs)
     if isinstance(getattr(module, "nf", None), int) and len(own.get("weight", ())) == 2:
-        return Leaf(path, module, "linear", *own["weight"], transposed=True)
+        return Leaf(path, module, "linear", own["weight"][0], own["weight"][1], transposed=True)
     if hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim") and has_tensor(module, "weight"):
-        return Leaf(path, module, "embedding", module.num_embeddings, module.embedding_dim)
+        return Leaf(path, module, "embedding", held.num_embeddings, held.embedding_dim)
     if hasattr(module, "in_channels") and hasattr(module, "kernel_size") and has_tensor(module, "weight"):
-        return Leaf(path, module, "conv", module.in_channels, module.out_channels)
-    below = [leaf for name, child in children(module) for leaf in leaves(child, name)]
-    if "norm" in type(module).__name__.lower() and not below:
-        shape = own.get("weight") or tuple(getattr(module, "normalized_shape", ()) or (getattr(module, "num_features", 0),))
+        return Leaf(path, module, "conv", held.in_channels, held.out_channels)
+    normal = "norm" in type(module).__name__.lower()
+    if not (normal or own) or any(next(leaves(child), None) is not None for _, child in children(module)):
+        return None
+    if normal:
+        shape = own.get("weight") or tuple(getattr(held, "normalized_shape", ()) or (getattr(held, "num_features", 0),))
         return Leaf(path, module, "norm", shape[-1], shape[-1])
     packed = [name for name, shape in own.items() if len(shape) == 3 and role_of(name, table.FFN)]
-    if packed and not below:
+    if packed:
         return Leaf(path, module, "packed")
-    if len(own.get("weight", ())) == 2 and not below and "embed" not in type(module).__name__.lower():
+    if len(own.get("weight", ())) == 2 and "embed" not in type(module).__name__.lower():
         return Leaf(path, module, "router", own["weight"][1], own["weight"][0])
     return None
 
@@ -83,11 +90,9 @@ def join(*parts: str) -> str:
 
 
 def parent(path: str) -> str:
-    """The module above, lists skipped: of `attn.to_out.0` it is `attn`."""
-    parts = path.split(".")[:-1]
-    if path.rpartition(".")[2].isdigit():
-        parts = parts[:-1]
-    return ".".join(parts)
+    """The module above, lists and wrappers skipped: of `attn.to_out.0` and `attn.q_proj.linear` it is `attn`."""
+    above, _, name = path.rpartition(".")
+    return above.rpartition(".")[0] if name.isdigit() or name in table.WRAPPED else above
 
 
 def under(path: str, root: str) -> bool:
@@ -109,7 +114,7 @@ def role_of(path: str, names: Mapping[str, frozenset[str]]) -> str:
     """The role that a table gives to the longest end of a path; "" if none."""
     parts = path.lower().split(".")
     ends = [".".join(parts[-n:]) for n in (3, 2, 1) if len(parts) >= n]
-    if parts[-1].isdigit() and len(parts) > 1:
+    if len(parts) > 1 and (parts[-1].isdigit() or parts[-1] in table.WRAPPED):
         ends.append(parts[-2])
     return next((role for end in ends for role, known in names.items() if end in known), "")
 

@@ -1,7 +1,8 @@
 """The short table of names that model families use: which module name plays which role.
 
-Names are compared in lower case, without a list index at the end (`to_out.0` is `to_out`). A name with a dot is the end of a path. An
-architecture is never named; a new family needs a word here at most, and what the table can't say is inferred from shapes (`anatomy.py`).
+Names are compared in lower case, without a list index or a wrapped linear at the end (`to_out.0` is `to_out`). A name with a dot is the
+end of a path. An architecture is never named; a new family needs a word here at most, and what the table can't say is inferred from shapes
+(`dissection.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Literal, get_args
 
 LinearRole = Literal["q", "k", "v", "o", "qkv", "up", "gate", "down", "gate_up", "router", "linear"]
 SublayerRole = Literal["attention", "cross_attention", "ffn", "mixer", "block"]
-OutsideRole = Literal["embedding", "position_embedding", "type_embedding", "patch_embedding", "pooler", "head", "lm_head"]
+OutsideRole = Literal[
+    "embedding", "position_embedding", "type_embedding", "patch_embedding", "pooler", "head", "lm_head"
+]
 Role = Literal[LinearRole, SublayerRole, OutsideRole, "norm", "conv"]
 
 ROLES: tuple[str, ...] = get_args(Role)
@@ -26,13 +29,15 @@ def _names(**table: str) -> dict[str, frozenset[str]]:
 
 # Inside an attention module.
 ATTENTION = _names(
-    q="q q_proj q_lin q_attn q_linear query query_proj query_layer to_q wq w_q linear_q in_proj_q q_b_proj",
-    k="k k_proj k_lin k_linear key key_proj key_layer to_k wk w_k linear_k in_proj_k",
-    v="v v_proj v_lin v_linear value value_proj value_layer to_v wv w_v linear_v in_proj_v",
-    qkv="qkv qkv_proj wqkv to_qkv c_attn query_key_value w_pack qkv_linear",
+    q="q q_proj q_lin q_attn q_linear query query_proj query_layer to_q wq w_q linear_q in_proj_q q_b_proj "
+    "projection_query q_head project_q",
+    k="k k_proj k_lin k_linear key key_proj key_layer to_k wk w_k linear_k in_proj_k projection_key k_head project_k",
+    v="v v_proj v_lin v_linear value value_proj value_layer to_v wv w_v linear_v in_proj_v "
+    "projection_value v_head project_v",
+    qkv="qkv qkv_proj wqkv to_qkv c_attn query_key_value w_pack qkv_linear att_proj",
     kv="kv kv_proj to_kv wkv key_value",
     o="o o_proj out_proj out_lin to_out wo w_o proj projection c_proj dense output.dense out output linear_out o_linear "
-    "output_proj proj_out",
+    "output_proj proj_out projection_layer post_proj attention_out post",
 )
 
 # Inside a feed-forward network. `up` alone may hold gate and up side by side: its shape tells.
@@ -46,18 +51,47 @@ FFN = _names(
     "proj_out w_out value",
     router="gate router wg",
 )
-EXPERTS = frozenset({"experts", "expert", "local_experts"})  # lists of feed-forward networks, or one module that packs them
+WRAPPED = frozenset({"linear", "base_layer"})  # names of a linear inside the module that plays its role
+EXPERTS = frozenset(
+    {"experts", "expert", "local_experts"}
+)  # lists of feed-forward networks, or one module that packs them
 
 # A fused tensor is split only where the order of its parts is known.
-QKV_BY_GROUP = frozenset({"query_key_value"})  # for each group of heads: its queries, its key, its value; all others: q, then k, then v
+QKV_BY_GROUP = frozenset(
+    {"query_key_value"}
+)  # for each group of heads: its queries, its key, its value; all others: q, then k, then v
 UP_FIRST = frozenset({"geglu", "swiglu"})  # classes of layers whose fused projection holds up before gate
-SCRAMBLED = frozenset({"mp_num"})  # local variables of a forward that puts the rows of a fused qkv in an order of its own
+SCRAMBLED = frozenset(
+    {"mp_num"}
+)  # local variables of a forward that puts the rows of a fused qkv in an order of its own
 GATE_FIRST = frozenset({"gate_up_proj", "gate_and_up_proj", "wi", "weights_in", "w12", "input_linear"})
 
 CROSS = frozenset(
-    {"cross_attention", "crossattention", "cross_attn", "encoder_attn", "encoder_attention", "encdecattention", "multihead_attn", "xattn"}
+    {
+        "cross_attention",
+        "crossattention",
+        "cross_attn",
+        "encoder_attn",
+        "encoder_attention",
+        "encdecattention",
+        "multihead_attn",
+        "xattn",
+    }
 )
-MIXER = frozenset({"mamba", "mixer", "linear_attn", "linear_attention", "ssm", "temporal_block", "short_conv", "conv", "time_mix", "rnn"})
+MIXER = frozenset(
+    {
+        "mamba",
+        "mixer",
+        "linear_attn",
+        "linear_attention",
+        "ssm",
+        "temporal_block",
+        "short_conv",
+        "conv",
+        "time_mix",
+        "rnn",
+    }
+)
 
 # Attributes of an attention module or its configuration, in the order in which they are tried.
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "encoder_attention_heads")
@@ -81,8 +115,10 @@ STACK_ORDER = ("backbone", "vision", "audio", "text", "encoder", "decoder", "dow
 STAGE = frozenset({"mid_block", "mid"})  # modules whose lists run in turn though no list holds them
 MODALITIES = frozenset({"text", "vision", "audio"})
 
-HEAD = frozenset(
-    "classifier classifiers classification_head cls_classifier distillation_classifier score scores fc head heads head_dist qa_outputs "
-    "cls_head output_layer logits_proj logits decode_head auxiliary_head bbox_predictor class_labels_classifier multiple_choice_head".split()
+_OUTPUTS = _names(
+    head="classifier classifiers classification_head cls_classifier distillation_classifier score scores fc head heads head_dist "
+    "qa_outputs cls_head output_layer logits_proj logits decode_head auxiliary_head bbox_predictor class_labels_classifier "
+    "multiple_choice_head",
+    lm_head="lm_head embed_out output_projection lm_heads",
 )
-LM_HEAD = frozenset({"lm_head", "embed_out", "output_projection", "lm_heads"})
+HEAD, LM_HEAD = _OUTPUTS["head"], _OUTPUTS["lm_head"]

@@ -14,7 +14,18 @@ from torch import nn
 
 from petiole import roles as table
 from petiole.anatomy import Anatomy, Block, Kind, Site, Stack
-from petiole.dissection import SUBLAYERS, Dissection, Found, ancestors, cores, embedding_role, has_bias, modules, norm_tensors, role_name
+from petiole.dissection import (
+    SUBLAYERS,
+    Dissection,
+    Found,
+    ancestors,
+    cores,
+    embedding_role,
+    has_bias,
+    modules,
+    norm_tensors,
+    role_name,
+)
 from petiole.errors import AnatomyError
 from petiole.leaves import Leaf, Names, children, join, leaves, under
 
@@ -22,8 +33,14 @@ from petiole.leaves import Leaf, Names, children, join, leaves, under
 def dissect(model: nn.Module, stacks: Mapping[str, str], by_hand: Mapping[str, str]) -> Anatomy:
     """See `petiole.anatomy.anatomy`."""
     check_by_hand(model, stacks, by_hand)
-    names = Names({role: end for role, end in by_hand.items() if role.rpartition(".")[2] not in (*SUBLAYERS, *table.OUTSIDE_ROLES)})
-    rows = given(model, stacks) if stacks else all_rows(model, True, names) or all_rows(model, False, names)
+    names = Names(
+        {
+            role: end
+            for role, end in by_hand.items()
+            if role.rpartition(".")[2] not in (*SUBLAYERS, *table.OUTSIDE_ROLES)
+        }
+    )
+    rows = given(model, stacks) if stacks else Lists(names).rows(model) or Lists(names, strict=False).rows(model)
     if not rows:
         lists = [path for path, module in modules(model) if is_list(module) and path]
         raise AnatomyError(
@@ -55,13 +72,19 @@ def check_by_hand(model: nn.Module, stacks: Mapping[str, str], by_hand: Mapping[
     known = dict(modules(model))
     for name, path in stacks.items():
         if path not in known:
-            raise AnatomyError(f"stacks={{{name!r}: {path!r}}}: {type(model).__name__} has no module {path!r}{near(path, known)}")
+            raise AnatomyError(
+                f"stacks={{{name!r}: {path!r}}}: {type(model).__name__} has no module {path!r}{near(path, known)}"
+            )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise AnatomyError(f"stacks={{{name!r}: …}}: the name of a stack is lower-case letters, digits and underscores")
+            raise AnatomyError(
+                f"stacks={{{name!r}: …}}: the name of a stack is lower-case letters, digits and underscores"
+            )
     for role in by_hand:
         within, _, bare = role.rpartition(".")
         if bare not in table.ROLES or within not in ("", *SUBLAYERS):
-            raise AnatomyError(f"roles={{{role!r}: …}}: no such role; one of {', '.join(table.ROLES)}{near(role, table.ROLES)}")
+            raise AnatomyError(
+                f"roles={{{role!r}: …}}: no such role; one of {', '.join(table.ROLES)}{near(role, table.ROLES)}"
+            )
 
 
 def check_roles(anatomy: Anatomy, model: nn.Module, by_hand: Mapping[str, str]) -> None:
@@ -71,7 +94,9 @@ def check_roles(anatomy: Anatomy, model: nn.Module, by_hand: Mapping[str, str]) 
         for part in (part.strip() for part in end.split("->")):
             if not any(path == part or path.endswith("." + part) for path in paths):
                 known = {path.rpartition(".")[2] for path, _ in modules(model)}
-                raise AnatomyError(f"roles={{{name!r}: {end!r}}}: no module of {type(model).__name__} ends in {part!r}{near(part, known)}")
+                raise AnatomyError(
+                    f"roles={{{name!r}: {end!r}}}: no module of {type(model).__name__} ends in {part!r}{near(part, known)}"
+                )
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -84,7 +109,9 @@ def given(model: nn.Module, stacks: Mapping[str, str]) -> list[Row]:
     rows = []
     for name, path in stacks.items():
         container = model.get_submodule(path)
-        blocks = in_list(container, path, False, Names(), nested=True) or [Found(join(path, key), m) for key, m in children(container)]
+        blocks = Lists(Names(), strict=False).within(container, path, nested=True) or [
+            Found(join(path, key), m) for key, m in children(container)
+        ]
         if not blocks:
             raise AnatomyError(f"stacks={{{name!r}: {path!r}}}: it holds no modules")
         rows.append(Row([path], blocks, name))
@@ -107,107 +134,136 @@ def is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def is_block(module: nn.Module, strict: bool, names: Names) -> bool:
-    """A block mixes at least two matrices and something else: a norm, a convolution, attention. Not strict: any module with a matrix."""
-    found = list(leaves(module))
-    weights = sum(leaf.weights for leaf in found)
-    if not strict:
-        return weights > 0 and bool(found) and found[0].path != ""
-    other = any(leaf.kind in ("norm", "mha") for leaf in found) or sum(leaf.kind == "conv" for leaf in found) > 1
-    return weights > 1 and found[0].path != "" and (other or bool(cores(found, names)))
+class Lists:
+    """Finds the lists of blocks.
 
+    Args:
+        strict: a block mixes at least two matrices and something else: a norm, convolutions, attention. Otherwise it holds any matrix.
+    """
 
-def in_list(container: nn.Module, path: str, strict: bool, names: Names, nested: bool = False) -> list[Found]:
-    """The blocks that a list holds, those of its stages one after the other; none if it is no list of blocks."""
-    name = path.rpartition(".")[2].lower()
-    members = [(n, m) for n, m in children(container) if next(leaves(m), None) is not None]
-    kinds = Counter(type(m).__name__ for _, m in members)
-    if not members or name in table.EXPERTS:
-        return []
-    if nested and len(members) > 1 and max(kinds.values()) == 1:
-        return []  # all different: the sub-layers of one block
-    if isinstance(container, nn.Sequential) and not nested and (len(members) < 2 or max(kinds.values()) == 1):
-        return []
-    found: list[Found] = []
-    seen: dict[int, Found] = {}
-    for n, (key, member) in enumerate(members):
-        if id(member) in seen:
-            seen[id(member)].repeats += 1
-            continue
-        where = join(path, key)
-        inner = in_stage(member, where, strict, names)
-        if inner:
-            found += [replace(block, stage=n) for block in inner]
-        elif is_block(member, strict, names):
-            seen[id(member)] = Found(where, member)
-            found.append(seen[id(member)])
-        elif not any(in_stage(other, "", strict, names) for _, other in members):
+    def __init__(self, names: Names, strict: bool = True) -> None:
+        self.names, self.strict = names, strict
+        self.memory: dict[tuple[int, bool], list[Found]] = {}
+
+    def is_block(self, module: nn.Module) -> bool:
+        found = list(leaves(module))
+        weights = sum(leaf.weights for leaf in found)
+        if not found or found[0].path == "" or not self.strict:
+            return weights > 0 and found[0].path != ""
+        other = any(leaf.kind in ("norm", "mha") for leaf in found) or sum(leaf.kind == "conv" for leaf in found) > 1
+        return weights > 1 and (other or bool(cores(found, self.names)))
+
+    def within(self, container: nn.Module, path: str, nested: bool = False) -> list[Found]:
+        """The blocks that a list holds, those of its stages one after the other; none if it is no list of blocks."""
+        if path.rpartition(".")[2].lower() in table.EXPERTS:
             return []
-    return found
+        known = (id(container), nested)
+        if known not in self.memory:
+            self.memory[known] = self.search_list(container, nested)
+        return [replace(block, path=join(path, block.path)) for block in self.memory[known]]
 
+    def search_list(self, container: nn.Module, nested: bool) -> list[Found]:
+        members = [(name, child) for name, child in children(container) if next(leaves(child), None) is not None]
+        most = max(Counter(type(child).__name__ for _, child in members).values(), default=0)
+        if nested and len(members) > 1 and most == 1:
+            return []  # all different: the sub-layers of one block
+        if isinstance(container, nn.Sequential) and not nested and most < 2:
+            return []
+        inner = [self.stage(child, name) for name, child in members]
+        found: dict[int, list[Found]] = {}
+        for n, (name, child) in enumerate(members):
+            if id(child) in found:  # the same module again
+                for block in found[id(child)]:
+                    block.repeats += 1
+            elif inner[n]:
+                found[id(child)] = [replace(block, stage=n) for block in inner[n]]
+            elif self.is_block(child):
+                found[id(child)] = [Found(name, child)]
+            elif not any(inner):
+                return []
+        return [block for blocks in found.values() for block in blocks]
 
-def in_stage(module: nn.Module, path: str, strict: bool, names: Names) -> list[Found]:
-    """The blocks inside a stage: a module that holds lists of blocks and little else. None if it is a block itself."""
-    lists: list[list[Found]] = []
+    def stage(self, module: nn.Module, path: str) -> list[Found]:
+        """The blocks inside a stage: a module that holds lists of blocks and little else. None if it is a block itself."""
+        lists: list[list[Found]] = []
 
-    def search(part: nn.Module, where: str) -> None:
-        for name, child in children(part):
-            below = join(where, name)
-            blocks = in_list(child, below, strict, names, nested=True) if is_list(child) else []
-            if blocks:
-                lists.append(blocks)
-            elif name.lower() not in table.EXPERTS:
-                search(child, below)
+        def search(part: nn.Module, where: str) -> None:
+            for name, child in children(part):
+                blocks = self.within(child, join(where, name), nested=True) if is_list(child) else []
+                if blocks:
+                    lists.append(blocks)
+                elif name.lower() not in table.EXPERTS:
+                    search(child, join(where, name))
 
-    if is_list(module):
-        lists = [blocks] if (blocks := in_list(module, path, strict, names, nested=True)) else []
-    else:
-        search(module, path)
-    if not lists:
-        return []
-    inside = {block.path for blocks in lists for block in blocks}
-    rest = [leaf for leaf in leaves(module, path) if not any(under(leaf.path, block) for block in inside)]
-    if any(leaf.kind in ("embedding", "mha") for leaf in rest) or cores(rest, names):
-        return []  # a block with a list inside, or a whole model
-    # Several lists run in turn: the first of each, then the second of each; convolutions before what attends.
-    order = sorted(
-        ((index, any(leaf.kind == "linear" and names.role(leaf.path, table.ATTENTION) for leaf in leaves(block.module)), n, index))
-        for n, blocks in enumerate(lists)
-        for index, block in enumerate(blocks)
-    )
-    return [lists[n][index] for _, _, n, index in order]
+        if is_list(module):
+            lists = [blocks] if (blocks := self.within(module, path, nested=True)) else []
+        else:
+            search(module, path)
+        if not lists:
+            return []
+        inside = [block.path for blocks in lists for block in blocks]
+        rest = [leaf for leaf in leaves(module, path) if not any(under(leaf.path, block) for block in inside)]
+        if any(leaf.kind in ("embedding", "mha", "packed") for leaf in rest) or cores(rest, self.names):
+            return []  # a block with a list inside, or a whole model
+        # Several lists run in turn: the first of each, then the second of each; convolutions before what attends.
+        order = sorted(
+            (index, bool(cores(list(leaves(block.module)), self.names)), n)
+            for n, blocks in enumerate(lists)
+            for index, block in enumerate(blocks)
+        )
+        return [lists[n][index] for index, _, n in order]
 
+    def rows(self, model: nn.Module) -> list[Row]:
+        """Every stack, outermost lists first."""
+        rows: list[Row] = []
 
-def all_rows(model: nn.Module, strict: bool, names: Names) -> list[Row]:
-    """Every stack, outermost lists first."""
-    rows: list[Row] = []
+        def search(module: nn.Module, path: str) -> None:
+            if path.rpartition(".")[2].lower() in table.STAGE and (blocks := self.stage(module, path)):
+                rows.append(Row([path], blocks))
+                return
+            kids = list(children(module))
+            taken: set[str] = set()
+            for siblings in numbered(kids):
+                parts = [(name, self.within(getattr(module, name), join(path, name), nested=True)) for name in siblings]
+                if all(blocks for _, blocks in parts) and alike([b for _, blocks in parts for b in blocks]):
+                    staged = [replace(block, stage=n) for n, (_, blocks) in enumerate(parts) for block in blocks]
+                    rows.append(Row([join(path, name) for name in siblings], staged))
+                    taken |= set(siblings)
+            for name, child in kids:
+                blocks = self.within(child, join(path, name)) if is_list(child) and name not in taken else []
+                if blocks and (self.strict or len(blocks) > 1):
+                    rows.append(Row([join(path, name)], blocks))
+                elif name not in taken:
+                    search(child, join(path, name))
 
-    def search(module: nn.Module, path: str) -> None:
-        kids = list(children(module))
-        taken: set[str] = set()
-        for siblings in numbered(kids):
-            parts = [(name, in_list(getattr(module, name), join(path, name), strict, names, nested=True)) for name in siblings]
-            if all(blocks for _, blocks in parts) and alike([b for _, blocks in parts for b in blocks]):
-                blocks = [replace(b, stage=n) for n, (_, part) in enumerate(parts) for b in part]
-                rows.append(Row([join(path, name) for name, _ in parts], blocks))
-                taken |= set(siblings)
-        if path.rpartition(".")[2].lower() in table.STAGE and (blocks := in_stage(module, path, strict, names)):
-            rows.append(Row([path], blocks))
-            return
-        for name, child in kids:
-            where = join(path, name)
-            if name in taken:
-                continue
-            blocks = in_list(child, where, strict, names) if is_list(child) else []
-            if blocks and (strict or len(blocks) > 1):
-                rows.append(Row([where], blocks))
-            else:
-                search(child, where)
+        if is_list(model) and (blocks := self.within(model, "")):
+            return [Row([""], blocks)]
+        search(model, "")
+        return self.main(rows)
 
-    if is_list(model) and (blocks := in_list(model, "", strict, names)):
-        return [Row([""], blocks)]
-    search(model, "")
-    return rows
+    def main(self, rows: list[Row]) -> list[Row]:
+        """Where some lists attend, leave out those that only project, and convolutions beside attention in the same part of the model."""
+        attend = {id(row): any(self.mixes(block.module) for block in row.blocks) for row in rows}
+        if not any(attend.values()):
+            return rows
+        kept = []
+        for row in rows:
+            convolves = any(leaf.kind == "conv" for block in row.blocks for leaf in leaves(block.module))
+            others = [other.containers[0] for other in rows if attend[id(other)]]
+            part = next(
+                (
+                    above
+                    for above in reversed(ancestors(row.containers[0]))
+                    if not all(under(path, above) for path in others)
+                ),
+                "-",
+            )
+            if attend[id(row)] or (convolves and not any(under(path, part) for path in others)):
+                kept.append(row)
+        return kept
+
+    def mixes(self, block: nn.Module) -> bool:
+        return bool(cores(list(leaves(block)), self.names)) or recurrent(block)
 
 
 def numbered(kids: list[tuple[str, nn.Module]]) -> list[list[str]]:
@@ -221,6 +277,7 @@ def numbered(kids: list[tuple[str, nn.Module]]) -> list[list[str]]:
 
 
 def alike(blocks: list[Found]) -> bool:
+    """Whether most of the blocks are of one class."""
     return max(Counter(type(block.module).__name__ for block in blocks).values()) > len(blocks) // 2
 
 
@@ -235,7 +292,10 @@ def configs(model: nn.Module, path: str) -> list[Any]:
 
 def name_rows(model: nn.Module, rows: list[Row]) -> None:
     """Name the stacks by the words on their paths, and put them in the order in which they run."""
-    words = [[table.STACK_NAMES[part] for part in row.containers[0].lower().split(".") if part in table.STACK_NAMES] for row in rows]
+    words = [
+        [table.STACK_NAMES[part] for part in row.containers[0].lower().split(".") if part in table.STACK_NAMES]
+        for row in rows
+    ]
     for row, found in zip(rows, words, strict=True):
         modality = next((word for word in found if word in table.MODALITIES), "")
         kind = next((word for word in found if word not in (*table.MODALITIES, "backbone")), "")
@@ -256,7 +316,13 @@ def name_rows(model: nn.Module, rows: list[Row]) -> None:
 def recurrent(block: nn.Module) -> bool:
     """Whether a block has a mixer in the place of attention."""
     found = list(leaves(block))
-    mixers = {above for leaf in found if leaf.kind == "linear" for above in ancestors(leaf.path) if above.rpartition(".")[2].lower() in table.MIXER}
+    mixers = {
+        above
+        for leaf in found
+        if leaf.kind == "linear"
+        for above in ancestors(leaf.path)
+        if above.rpartition(".")[2].lower() in table.MIXER
+    }
     return bool(mixers) and not cores(found, Names())
 
 
@@ -269,7 +335,13 @@ def looks_back(model: nn.Module, row: Row) -> bool | None:
             holders = [model.get_submodule(path) for path in paths]
             named = any(part.lower() in table.CROSS for part in core.path.split("."))
             if not named and not any(getattr(m, "is_cross_attention", None) is True for m in holders):
-                told.add(next((v for m in holders for v in [getattr(m, "is_causal", None)] if isinstance(v, bool)), None))
+                word = next((v for m in holders for v in [getattr(m, "is_causal", None)] if isinstance(v, bool)), None)
+                square = (
+                    b
+                    for b in holders[0]._buffers.values()
+                    if b is not None and b.ndim == 4 and b.shape[-1] == b.shape[-2] > 1
+                )
+                told.add(True if word is None and any(True for _ in square) else word)  # a triangle kept as a buffer
     if told and None not in told:
         return told == {True} if len(told) == 1 else None
     for path in ancestors(row.containers[0]):
@@ -298,7 +370,9 @@ def code_names(cls: type) -> set[str]:
 def through_interface(model: nn.Module, blocks: list[Block]) -> bool:
     """Whether every attention of a stack asks Transformers for its attention function."""
     paths = [site.core for block in blocks for site in block.sites if site.role in ("attention", "cross_attention")]
-    return bool(paths) and all("ALL_ATTENTION_FUNCTIONS" in code_names(cls) for cls in {type(model.get_submodule(p)) for p in paths})
+    return bool(paths) and all(
+        "ALL_ATTENTION_FUNCTIONS" in code_names(cls) for cls in {type(model.get_submodule(p)) for p in paths}
+    )
 
 
 def as_stack(model: nn.Module, row: Row, blocks: list[Block]) -> Stack:
@@ -306,7 +380,9 @@ def as_stack(model: nn.Module, row: Row, blocks: list[Block]) -> Stack:
     if repeats > 1:
         blocks = [replace(b, sites=tuple(replace(s, repeats=s.repeats * repeats) for s in b.sites)) for b in blocks]
     causal = looks_back(model, row)
-    return Stack(row.name, tuple(blocks), blocks[-1].hidden_size, causal, through_interface(model, blocks), tuple(row.containers))
+    return Stack(
+        row.name, tuple(blocks), blocks[-1].hidden_size, causal, through_interface(model, blocks), tuple(row.containers)
+    )
 
 
 def shared_times(model: nn.Module, row: Row) -> int:
@@ -351,13 +427,23 @@ class Outside:
         first = quietly(get)
         numbers: Counter[str] = Counter()
         done = []
-        for site in sorted(self.sites, key=lambda s: (s.role == "embedding" and self.model.get_submodule(s.path) is not first, order[s.path])):
+        for site in sorted(
+            self.sites,
+            key=lambda s: (s.role == "embedding" and self.model.get_submodule(s.path) is not first, order[s.path]),
+        ):
             done.append(replace(site, number=numbers[site.role]))
             numbers[site.role] += 1
         return sorted(done, key=lambda s: order[s.path])
 
     def told(self, path: str) -> str:
-        return next((role for role, end in self.by_hand.items() if role in table.OUTSIDE_ROLES and (path == end or path.endswith("." + end))), "")
+        return next(
+            (
+                role
+                for role, end in self.by_hand.items()
+                if role in table.OUTSIDE_ROLES and (path == end or path.endswith("." + end))
+            ),
+            "",
+        )
 
     def language_heads(self) -> set[Leaf]:
         """Linears that map to the vocabulary: the model's own word, a weight shared with the tokens', or a name."""
@@ -379,15 +465,24 @@ class Outside:
             return by_hand
         base = getattr(self.model, "base_model_prefix", "")
         top = [(name, child) for name, child in children(self.model) if next(leaves(child), None) is not None]
-        if base and base in dict(top) and not self.language:
+        before = any(
+            leaf.kind == "embedding" or self.is_patch(leaf) for leaf in self.leaves if not under(leaf.path, base)
+        )
+        if base and base in dict(top) and not self.language and not before:
             return [name for name, _ in top if name != base and name not in self.holders]
         found: list[str] = []
         for path, module in modules(self.model):
             name = path.rpartition(".")[2].lower()
-            if name in table.HEAD and path not in self.holders and any(leaf.path.startswith(path) for leaf in self.leaves):
+            if (
+                name in table.HEAD
+                and path not in self.holders
+                and any(leaf.path.startswith(path) for leaf in self.leaves)
+            ):
                 held = [leaf for leaf in leaves(module, path) if leaf.kind in ("linear", "conv")]
                 outer = any(under(path, other) for other in found)
-                beside = path.rpartition(".")[0] in self.holders  # next to a stack, not in a sub-layer of something else
+                beside = (
+                    path.rpartition(".")[0] in self.holders
+                )  # next to a stack, not in a sub-layer of something else
                 if held and not outer and beside and not self.language & set(held):
                     found.append(path)
         return found
@@ -402,7 +497,23 @@ class Outside:
         if len(parts) == 1 and parts[0].path == path:
             self.put("head", parts[0])
         else:
-            self.sites.append(Site("head", "", -1, 0, "", path, path, "output", "module", ends[0].inputs, ends[-1].outputs, parameter="", bias=""))
+            self.sites.append(
+                Site(
+                    "head",
+                    "",
+                    -1,
+                    0,
+                    "",
+                    path,
+                    path,
+                    "output",
+                    "module",
+                    ends[0].inputs,
+                    ends[-1].outputs,
+                    parameter="",
+                    bias="",
+                )
+            )
 
     def uncalled(self) -> set[Leaf]:
         """Embeddings that only lend their weight: another module of the same weight stands inside the owner of a stack."""
@@ -412,17 +523,28 @@ class Outside:
                 by_weight[id(leaf.module._parameters["weight"])].append(leaf)
         lent = set()
         for same in by_weight.values():
-            depth = {leaf: max([len(owner) for owner in self.owners if under(leaf.path, owner)], default=0) for leaf in same}
+            depth = {
+                leaf: max([len(owner) for owner in self.owners if under(leaf.path, owner)], default=0) for leaf in same
+            }
             lent |= {leaf for leaf in same if depth[leaf] < max(depth.values())}
         return lent
 
     def put(self, role: str, leaf: Leaf) -> None:
-        kinds: dict[str, Kind] = {"router": "parameter"}
-        kind: Kind = kinds.get(leaf.kind, leaf.kind)  # type: ignore[arg-type]
-        names = norm_tensors(leaf) if leaf.kind == "norm" else {"parameter": "weight", "bias": "bias" if has_bias(leaf.module) else ""}
-        more: dict[str, Any] = {"called": False, "caller": leaf.path} if kind == "parameter" else {}
-        place = ("", -1, 0, "", leaf.path, leaf.path, "output")
-        self.sites.append(Site(role, *place, kind, leaf.inputs, leaf.outputs, transposed=leaf.transposed, **names, **more))  # type: ignore[arg-type]
+        kind: Kind = "parameter" if leaf.kind == "router" else leaf.kind  # type: ignore[assignment]
+        names = norm_tensors(leaf) if leaf.kind == "norm" else {"bias": "bias" if has_bias(leaf.module) else ""}
+        called: dict[str, Any] = {"called": False, "caller": leaf.path} if leaf.kind == "router" else {}
+        site = Site(role, "", -1, 0, "", leaf.path, leaf.path, "output", kind, leaf.inputs, leaf.outputs)
+        self.sites.append(replace(site, transposed=leaf.transposed, **names, **called))
+
+    @staticmethod
+    def is_patch(leaf: Leaf) -> bool:
+        """Whether it turns an image, a spectrogram or patches of one into hidden states."""
+        words = r"patch|embed" if leaf.kind == "conv" else r"patch_embed"
+        return (
+            leaf.kind in ("conv", "linear")
+            and bool(re.search(words, leaf.path.lower()))
+            and not re.search(r"pos_conv|conv_pos", leaf.path)
+        )
 
     def leaf(self, leaf: Leaf) -> None:
         told, path = self.told(leaf.path), leaf.path.lower()
@@ -434,8 +556,8 @@ class Outside:
             self.put("lm_head", leaf)
         elif leaf.kind == "embedding":
             self.put(embedding_role(leaf), leaf)
-        elif leaf.kind == "conv":
-            self.put("patch_embedding" if re.search(r"patch|embed", path) and not re.search(r"pos_conv|conv_pos", path) else "conv", leaf)
+        elif leaf.kind == "conv" or self.is_patch(leaf):
+            self.put("patch_embedding" if self.is_patch(leaf) else "conv", leaf)
         elif leaf.kind == "linear" and re.search(r"(^|\.)pooler(\.|$)", path):
             self.put("pooler", leaf)
         else:
