@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petiole import attention, context, tokens
+from petiole import attention, context, terms, tokens
 from petiole.adaptation import Adaptation
 from petiole.anatomy import Anatomy, Site, anatomy
 from petiole.context import Names, Recall
@@ -201,6 +201,8 @@ class Host:
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.junctions: dict[tuple[str, bool], tuple[Junction, list[Any]]] = {}
         self.attention_configs: list[tuple[Any, Any]] = []
+        self.training: Any = None  # the `Events` of the run that goes on, if any
+        self.owes_terms = False  # whether a forward pass in training gave no loss to which terms could be added
         self._paths: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[str, str]]] = {}
         self._lock = Lock()
@@ -232,6 +234,10 @@ class Host:
             return any(adaptation in names for names in rows)
         return adaptation in now.active.get(id(self), self.active)
 
+    def row_names(self) -> tuple[Names, ...] | None:
+        """Which adaptations act on each row; None where all rows are alike."""
+        return context.current().rows.get(id(self))
+
     def rows(self, adaptation: str, h: Tensor | None) -> Tensor | None:
         """Indices of the rows of h on which an adaptation acts; None for all. Beams, windows and flattened tokens follow their row."""
         now = context.current()
@@ -257,9 +263,12 @@ class Host:
         if junction is None or len(junction[0].slots) < 2:
             return ()
         found: list[WeightDelta] = []
+        rows = self.row_names()
         for other, _ in junction[0].slots:
             if other is slot:
                 break
+            if rows is not None and any(slot.adaptation in row and other.adaptation not in row for row in rows):
+                continue  # it acts on other rows
             if isinstance(other, (WeightSlot, ParameterSlot)) and other.site.key == slot.site.key and other.acts():
                 found.append(other.delta)
         return tuple(found)
@@ -304,11 +313,18 @@ class Host:
                     for owner, attribute in self.places_of(name):
                         self.module(owner).__dict__.pop(attribute, None)
             self._lock.release()
-        if module.training and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
-            terms = [term for a in self.adaptations.values() if self.acts(a.name) for term in a.loss_terms()]
-            if terms:
-                output["loss"] = output["loss"] + torch.stack(terms).sum().to(output["loss"].dtype)
+        if module.training and torch.is_grad_enabled():
+            self.add_terms(kwargs, output)
         return output
+
+    def add_terms(self, inputs: Any, output: Any) -> None:
+        """Add the methods' loss terms to the model's own loss; where it gave none, whoever computes one owes them."""
+        acting = [a for a in self.adaptations.values() if self.acts(a.name) and a.has_loss_terms]
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            self.owes_terms = self.owes_terms or bool(acting)
+        elif found := [term for adaptation in acting for term in adaptation.loss_terms()]:
+            output["loss"] = terms.add(loss, found, terms.share(self.model, inputs))
 
     def places_of(self, name: str) -> list[tuple[str, str]]:
         """Every (module path, attribute) under which a tensor of the backbone stands: several where weights are tied."""

@@ -41,7 +41,12 @@ class Factor:
 def plain(module: nn.Module) -> bool:
     """Whether a module is an ordinary linear whose forward is its weight's product and nothing else."""
     weight = module._parameters.get("weight")
-    if weight is None or type(weight) is not nn.Parameter or weight.ndim != 2 or not weight.is_floating_point():
+    if (
+        weight is None
+        or (type(weight) is not nn.Parameter and type(weight).__name__ != "FakeTensor")
+        or weight.ndim != 2
+        or not weight.is_floating_point()
+    ):
         return False
     if (
         module._backward_hooks
@@ -67,6 +72,53 @@ def add(x: Tensor, y: Tensor, module: nn.Module, factors: Sequence[Factor]) -> T
     needs = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     again = Again.of(x) if needs and x.grad_fn is not None else None
     return AddFactors.apply(x, y, weight.T if is_conv1d(module) else weight, again, options, *tensors)
+
+
+def add_by_row(x: Tensor, y: Tensor, factors: Sequence[Factor], index: Tensor, kept: dict[Any, Any]) -> Tensor:
+    """Another factor for each row of a batch: two batched products, however many factors there are.
+
+    Args:
+        x: (n·m, ..., in), y: (n·m, ..., out): the input and output of the frozen linear for n rows (beams, windows and flattened
+            tokens follow their row).
+        factors: of one site; ranks may differ, the smaller ones are padded.
+        index: (n,), which factor a row takes; -1 for none.
+        kept: remembers the gathered factors between forward passes that need no gradient.
+    """
+    n = index.shape[0]
+    key = (tuple(index.tolist()), tuple((id(f.A), f.A._version, id(f.B), f.B._version) for f in factors), y.dtype)
+    if torch.is_grad_enabled() or kept.get("key") != key:
+        gathered = gather(factors, index, y.dtype)
+        if not torch.is_grad_enabled():
+            kept |= {"key": key, "gathered": gathered}
+    else:
+        gathered = kept["gathered"]
+    A, B, bias = gathered
+    rows = factors[0].rows
+    low = torch.bmm(x.to(y.dtype).reshape(n, -1, x.shape[-1]), A)  # (n, t, r)
+    change = torch.bmm(low, B)  # (n, t, out)
+    if bias is not None:
+        change = change + bias[:, None]
+    if rows is None:
+        return y + change.view(y.shape)
+    return torch.cat(
+        [y[..., : rows[0]], y[..., rows[0] : rows[1]] + change.view(*y.shape[:-1], -1), y[..., rows[1] :]], -1
+    )
+
+
+def gather(factors: Sequence[Factor], index: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A (n, in, r), scaled B (n, r, out) and Δb (n, out) of each row, padded with zeros to the largest rank."""
+    rank = max(f.A.shape[0] for f in factors)
+    As = [nn.functional.pad(f.A.to(kind).T, (0, rank - f.A.shape[0])) for f in factors]
+    Bs = [nn.functional.pad(f.scale * f.B.to(kind).T, (0, 0, 0, rank - f.A.shape[0])) for f in factors]
+    biases: list[Tensor] = []
+    if any(f.bias is not None for f in factors):
+        biases = [f.B.new_zeros(f.B.shape[0], dtype=kind) if f.bias is None else f.bias.to(kind) for f in factors]
+    if bool((index < 0).any()):
+        As, Bs = [*As, torch.zeros_like(As[0])], [*Bs, torch.zeros_like(Bs[0])]
+        biases = [*biases, torch.zeros_like(biases[0])] if biases else []
+    place = index.to(As[0].device) % len(As)  # -1 is the last: nothing
+    bias = torch.stack(biases).index_select(0, place) if biases else None
+    return torch.stack(As).index_select(0, place), torch.stack(Bs).index_select(0, place), bias
 
 
 class AddFactors(torch.autograd.Function):

@@ -123,6 +123,19 @@ class Slot:
         """Where and when the slot acts, in the order of execution."""
         raise NotImplementedError
 
+    def by_row(
+        self,
+        slots: list[Any],
+        index: Tensor,
+        module: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+        kept: dict[Any, Any],
+    ) -> Any:
+        """The output with another slot's change on each row (`index`, -1: none), in one go; None if that can't be."""
+        return None
+
     def acts(self) -> bool:
         """Whether this slot does anything in this forward pass."""
         return not self.merged and self.host.acts(self.adaptation)
@@ -159,6 +172,32 @@ class WeightSlot(Slot):
             return put(self.changed(module, y, x))
         return put(on_rows(y, rows, lambda part: self.changed(module, part, x.index_select(0, rows))))
 
+    def by_row(
+        self,
+        slots: list[Any],
+        index: Tensor,
+        module: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+        kept: dict[Any, Any],
+    ) -> Any:
+        parts = [slot.delta.factored() for slot in slots]
+        rows = self.site.rows
+        x = args[0] if args else of_input(args, kwargs)[0]
+        y, put = of_output(output)
+        if (
+            any(part is None for part in parts)
+            or len(rows) > 1
+            or y.shape[0] % index.shape[0]
+            or self.site.kind != "linear"
+        ):
+            return None
+        for slot in slots:
+            slot.fire()
+        factors = [factored.Factor(*part, rows=rows[0] if rows else None) for part in parts]
+        return put(factored.add_by_row(x, y, factors, index, kept))
+
     def changed(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
         site, prior = self.site, self.host.prior(self)
         if not site.rows:
@@ -186,6 +225,48 @@ class HiddenSlot(Slot):
     def write(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         h, put = of_input(args, kwargs) if output is None else of_output(output)
         return put(self.changed(h))
+
+    def by_row(
+        self,
+        slots: list[Any],
+        index: Tensor,
+        module: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+        kept: dict[Any, Any],
+    ) -> Any:
+        reads = self.place.read is not None
+        if (
+            any(slot.delta.composition != self.delta.composition for slot in slots)
+            or self.site.rows
+            or self.delta.composition == "gate"
+        ):
+            return None
+        h, put = of_output(output)
+        source = h
+        if reads:
+            held = [slot._held.get(threading.get_ident()) for slot in slots]
+            if any(value is None for value in held):
+                return None
+            source = held[0]
+        n = index.shape[0]
+        if source.shape[0] % n:
+            return None
+        change = self.delta.by_row([slot.delta for slot in slots], index, source.reshape(n, -1, source.shape[-1]))
+        if change is None:
+            return None
+        for slot in slots:
+            slot.release()
+            slot.fire()
+        neutral = 1.0 if self.delta.composition == "multiply" else 0.0
+        changed = (index >= 0).to(h.device).view(-1, 1, 1)
+        change = change.expand(n, change.shape[1], h.shape[-1])
+        if self.delta.composition == "replace":
+            return put(torch.where(changed, change.to(h.dtype), h.reshape(n, -1, h.shape[-1])).view(h.shape))
+        whole = torch.where(changed, change, torch.full_like(change, neutral)).to(h.dtype)
+        own = h.reshape(n, -1, h.shape[-1])
+        return put(compose(own, whole, self.delta.composition).view(h.shape))
 
     def changed(self, h: Tensor) -> Tensor:
         source = self.release() if self.place.read is not None else h
@@ -278,6 +359,7 @@ class Junction(nn.Module):
         super().__init__()
         self.deltas = nn.ModuleDict()
         self.slots: list[tuple[Slot, Point]] = []
+        self._gathered: dict[str, dict[Any, Any]] = {}  # by site: the factors of the last routed batch
         self._held: dict[
             int, tuple[Tensor, list[factored.Factor]]
         ] = {}  # by thread: x, and what will be added in one go
@@ -318,8 +400,9 @@ class Junction(nn.Module):
             for slot, _ in self.slots:
                 slot.fired |= slot.acts()
             return factored.add(held[0], output, module, held[1])
+        done, output = self.by_row(module, args, kwargs, output)
         for slot, point in self.slots:
-            if point.when == "after" and slot.acts():
+            if point.when == "after" and slot not in done and slot.acts():
                 output = getattr(slot, point.act)(module, args, kwargs, output)
         return output
 
@@ -337,6 +420,32 @@ class Junction(nn.Module):
                     return []
                 found.append(factored.Factor(*parts, rows=slot.site.rows[0] if slot.site.rows else None))
         return found if found and factored.plain(module) else []
+
+    def by_row(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[set[Slot], Any]:
+        """Where rows of the batch take different adaptations: all their changes at one site in one batched product.
+
+        Returns:
+            The slots that are done with, and the output. What doesn't fit (several adaptations on a row, changes that do not batch)
+            is left to each slot.
+        """
+        done: set[Slot] = set()
+        names = self.slots[0][0].host.row_names() if self.slots and not torch.compiler.is_compiling() else None
+        if names is None or any(len(row) > 1 for row in names):
+            return done, output
+        groups: dict[tuple[Any, ...], list[Slot]] = {}
+        for slot, point in self.slots:
+            if point.when == "after" and slot.acts():
+                groups.setdefault((type(slot), slot.number, slot.site.key, point.act), []).append(slot)
+        for slots in groups.values():
+            place = {slot.adaptation: i for i, slot in enumerate(slots)}
+            index = torch.tensor([place.get(row[0], -1) if row else -1 for row in names])
+            new = slots[0].by_row(
+                slots, index, module, args, kwargs, output, self._gathered.setdefault(slots[0].site.key, {})
+            )
+            if new is not None:
+                output = new
+                done.update(slots)
+        return done, output
 
 
 class ParameterSlot(Slot):

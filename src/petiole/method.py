@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +45,9 @@ class Delta(nn.Module):
         """
 
     host: Any = None  # of the model it is attached to; set by attach
+    # Names of its own parameters, each with everything below it; what an optimiser should know about them:
+    no_decay: Sequence[str] = ()  # weight decay leaves these alone, as it does every one of fewer than two dimensions
+    rate_factors: Mapping[str, float] = {}  # learning rates of these, as multiples of the run's
 
     def given(self, name: str, default: Any = None) -> Any:
         """The value that `pt.given(model, name=…)` holds for this forward pass.
@@ -64,11 +67,11 @@ class Delta(nn.Module):
         return self.state_dict()
 
     def structure(self) -> dict[str, Any]:
-        """Sizes that changed since construction (ranks that grew), as JSON; empty where there are none."""
+        """Sizes that changed since construction (ranks that grew), as JSON of lists and plain values; empty where there are none."""
         return {}
 
     def restructure(self, structure: Mapping[str, Any]) -> None:
-        """Rebuild the sizes that `structure` gave, so that the stored tensors fit."""
+        """Rebuild the sizes that `structure` gave, so that the stored tensors fit; {} asks for those at construction."""
         if structure:
             raise AttachError(f"{type(self).__name__} has no variable structure, but one was stored: {structure}")
 
@@ -97,6 +100,30 @@ class HiddenDelta(Delta):
     """A change of a hidden state: h <- h + Δ, or another composition. `forward`: h (..., d) -> Δ (..., d)."""
 
     composition: Composition = "add"
+
+    def by_row(self, deltas: Sequence[Any], index: Tensor, h: Tensor) -> Tensor | None:
+        """Another delta for each row: h (n, t, d), index (n,) into `deltas` (-1: any) -> Δ (n, t or 1, d); None if they don't batch.
+
+        The fallback runs deltas of one class and equal shapes as one, with their parameters gathered by row. Those of other shapes
+        can be padded by overriding this.
+        """
+        states = [dict(delta.named_parameters()) for delta in deltas]
+        shapes = [{name: p.shape for name, p in state.items()} for state in states]
+        same = all(type(d) is type(deltas[0]) for d in deltas) and all(shape == shapes[0] for shape in shapes)
+        if (
+            not same
+            or not shapes[0]
+            or (self.training and any(isinstance(m, nn.Dropout) and m.p for m in self.modules()))
+        ):
+            return None
+        place = index.clamp_min(0).to(h.device)
+        gathered = {name: torch.stack([state[name] for state in states]).index_select(0, place) for name in shapes[0]}
+
+        def one(state: dict[str, Tensor], row: Tensor) -> Tensor:
+            change = torch.func.functional_call(deltas[0], state, (row,))
+            return change if change.ndim > 1 else change[None]
+
+        return torch.func.vmap(one)(gathered, h)
 
 
 class ModuleDelta(Delta):
@@ -264,8 +291,8 @@ class Moment:
         seed: for this method in this attachment.
         step: optimiser steps done. epoch: fractional. progress: share of training done, in [0, 1]. total_steps: 0 if unknown.
         optimizer: None outside training. learning_rate: of the first group.
-        accumulation: micro-batches per optimiser step.
         state: what this method remembers between events: numbers, strings, lists, tensors.
+        training: the `Events` that fire, None outside training.
     """
 
     model: nn.Module
@@ -278,8 +305,34 @@ class Moment:
     total_steps: int = 0
     optimizer: torch.optim.Optimizer | None = None
     learning_rate: float = 0.0
-    accumulation: int = 1
     state: dict[str, Any] = field(default_factory=dict)
+    training: Any = None
+
+    def add_parameters(self, parameters: Iterable[nn.Parameter], *, warmup_steps: int | None = None) -> None:
+        """Train these from now on. They stand in the method's deltas already, new or no longer frozen.
+
+        They become one new group of the optimiser (one for each kind, where some don't decay or have a learning rate of their own)
+        with the run's options; the schedule, the other processes, checkpoints and resuming follow. What was trained before keeps its
+        place and the optimiser's memory of it. Outside training there is nothing to do: an optimiser made later takes what it finds.
+        With several processes all must add the same; decide from `averaged` values.
+
+        Args:
+            warmup_steps: a schedule of their own: up from 0 in so many steps, then down to 0 at the end of the run; None for the run's.
+
+        Raises:
+            TrainingError: one of them stands in no delta of this model, or in the optimiser already; or the processes differ.
+        """
+        if self.training is not None:
+            self.training.add_parameters(list(parameters), warmup_steps)
+
+    def drop_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Train these no longer: the optimiser forgets them, groups keep their place. Taking them out of the delta is the method's."""
+        if self.training is not None:
+            self.training.drop_parameters(list(parameters))
+
+    def averaged(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, the same on each; the tensor itself where there is one process."""
+        return tensor if self.training is None else self.training.averaged(tensor)
 
 
 class Method(BaseModel):
