@@ -6,6 +6,7 @@ or just a linear. Names come from `roles.py`; shapes have the last word.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
 from collections import Counter
@@ -335,7 +336,7 @@ class Dissection:
             self.role[leaf] = "linear" if role == "kv" else role
         if core.output:
             self.role[core.output] = "o"
-        if "kv" in parts:
+        if "kv" in parts and self.heads(core)[1]:
             half = parts["kv"].outputs // 2
             self.slices(parts["kv"], within, k=((0, half),), v=((half, 2 * half),))
         if "qkv" in parts:
@@ -354,10 +355,11 @@ class Dissection:
         module = self.get(core.path)
         if not heads or groups < 1 or heads % groups:
             return None
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if code is not None and table.SCRAMBLED & set(code.co_varnames):
+        if any(hasattr(module, name) for name in table.SCRAMBLED):
             return None
-        if role_name(leaf) in table.QKV_BY_GROUP or getattr(module, "multi_query", None) is False:
+        shared = getattr(module, "multi_query", None)
+        by_group = not shared if isinstance(shared, bool) else by_head(type(module))
+        if role_name(leaf) in table.QKV_BY_GROUP or by_group:
             wide = heads // groups * size
             starts = [group * (wide + 2 * size) for group in range(groups)]
             return (
@@ -645,6 +647,22 @@ def role_name(leaf: Leaf, tensor: str = "") -> str:
 def of_head(leaf: Leaf) -> bool:
     """Whether a norm is of queries or keys: `q_norm`, `norm_k`, `k_layernorm`, …"""
     return bool(re.search(r"(^|_)(q|k|kv|query|key)(_|$)", role_name(leaf)))
+
+
+def by_head(cls: type[nn.Module]) -> bool:
+    """Whether a forward views its fused projection as (…, heads, 3 · head size): it then multiplies 3 by the size of a head."""
+    code = dis.get_instructions(inspect.unwrap(cls.forward))
+    recent: list[Any] = []
+    for step in code:
+        if (
+            step.opname == "BINARY_OP"
+            and step.argrepr == "*"
+            and 3 in recent
+            and any(name in table.HEAD_SIZE for name in recent)
+        ):
+            return True
+        recent = [*recent[-3:], step.argval]
+    return False
 
 
 def has_bias(module: nn.Module) -> bool:

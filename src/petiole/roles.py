@@ -56,14 +56,11 @@ EXPERTS = frozenset(
     {"experts", "expert", "local_experts"}
 )  # lists of feed-forward networks, or one module that packs them
 
-# A fused tensor is split only where the order of its parts is known.
-QKV_BY_GROUP = frozenset(
-    {"query_key_value"}
-)  # for each group of heads: its queries, its key, its value; all others: q, then k, then v
+# A fused tensor is split only where the order of its parts is known. A fused qkv is q, then k, then v, all heads of each; but under these
+# names it is, for each group of heads, its queries, its key and its value; and a module with these attributes has an order of its own.
+QKV_BY_GROUP = frozenset({"query_key_value"})
+SCRAMBLED = ("mp_num",)
 UP_FIRST = frozenset({"geglu", "swiglu"})  # classes of layers whose fused projection holds up before gate
-SCRAMBLED = frozenset(
-    {"mp_num"}
-)  # local variables of a forward that puts the rows of a fused qkv in an order of its own
 GATE_FIRST = frozenset({"gate_up_proj", "gate_and_up_proj", "wi", "weights_in", "w12", "input_linear"})
 
 CROSS = frozenset(
