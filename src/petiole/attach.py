@@ -127,7 +127,7 @@ def ready(module: nn.Module, base: Base | None, seed: int, device: torch.device 
         if isinstance(module, Delta) and base is not None:
             module.initialise(generator, base)
         elif hasattr(module, "initialise"):
-            module.initialise(generator)
+            module.initialise(generator)  # type: ignore[operator]
     if device is not None:
         module.to(device)
 
@@ -196,12 +196,13 @@ class Host:
 
     def __init__(self, model: nn.Module, found: Anatomy) -> None:
         self.model, self.anatomy = model, found
+        self.mark: dict[str, Any] = {}  # the backbone's fingerprint, before anything trained
         self.adaptations: dict[str, Adaptation] = {}
         self.active: Names = ()
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.junctions: dict[tuple[str, bool], tuple[Junction, list[Any]]] = {}
         self.attention_configs: list[tuple[Any, Any]] = []
-        self.training: Any = None  # the `Events` of the run that goes on, if any
+        self.training: Any = None  # a weak reference to the `Events` of the run that goes on, if any
         self.owes_terms = False  # whether a forward pass in training gave no loss to which terms could be added
         self._paths: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[str, str]]] = {}
@@ -294,7 +295,7 @@ class Host:
                 for layer in self._checkpointing:
                     function = getattr(layer, "_gradient_checkpointing_func", None)
                     if layer.gradient_checkpointing and function is not None and not isinstance(function, Recall):
-                        layer._gradient_checkpointing_func = Recall(function)
+                        layer._gradient_checkpointing_func = Recall(function)  # type: ignore[assignment]
         silent = [a for a in self.adaptations.values() if a.own and not self.acts(a.name)]
         if silent:
             self._lock.acquire()
@@ -395,7 +396,7 @@ class Host:
         attention.switch_off(self)
         for layer in self._checkpointing:
             if isinstance(layer.__dict__.get("_gradient_checkpointing_func"), Recall):
-                layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.inner
+                layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.inner  # type: ignore
         for layer, training in self._statistics:
             layer.training = self.model.training if training else layer.training
         for name, parameter in self.model.named_parameters():
@@ -436,7 +437,7 @@ def restore(host: Host, slot: BlockSlot) -> None:
     parent = host.module(container)
     stand_in = parent[int(index)]  # type: ignore[index]
     if isinstance(stand_in, Substitute):
-        parent[int(index)] = stand_in.block  # type: ignore[index,operator]
+        parent[int(index)] = stand_in.block  # type: ignore[operator]
 
 
 KINDS: tuple[tuple[type[Delta], type[Slot]], ...] = (

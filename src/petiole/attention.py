@@ -101,6 +101,7 @@ def attention(
             key, value, attention_mask, kwargs = extend(
                 name, module, query, key, value, extra, rows, attention_mask, kwargs
             )
+    weights: Tensor | None
     if any(slot.delta.needs_probabilities for slot in slots):
         output, weights = explicit(module, slots, query, key, value, attention_mask, *args, **kwargs)
     else:

@@ -37,6 +37,12 @@ class Factor:
     bias: Tensor | None = None
     rows: tuple[int, int] | None = None
 
+    @classmethod
+    def of(cls, parts: tuple[Tensor, Tensor, float, Tensor | None], rows: Sequence[tuple[int, int]]) -> Factor:
+        """What a delta's `factored` gives, on a site's rows (one range at most)."""
+        A, B, scale, bias = parts
+        return cls(A, B, scale, bias, rows[0] if rows else None)
+
 
 def plain(module: nn.Module) -> bool:
     """Whether a module is an ordinary linear whose forward is its weight's product and nothing else."""

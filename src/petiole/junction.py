@@ -38,7 +38,7 @@ def of_input(args: Args, kwargs: Kwargs) -> tuple[Tensor, Put]:
     for name in (*_NAMES, *kwargs):
         value = kwargs.get(name)
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value, lambda h, name=name: (args, {**kwargs, name: h})  # type: ignore[misc]
+            return value, lambda h, name=name: (args, {**kwargs, name: h})
     raise AttachError(
         f"no hidden state among the arguments: {len(args)} positional, {', '.join(kwargs) or 'no named ones'}"
     )
@@ -195,7 +195,7 @@ class WeightSlot(Slot):
             return None
         for slot in slots:
             slot.fire()
-        factors = [factored.Factor(*part, rows=rows[0] if rows else None) for part in parts]
+        factors = [factored.Factor.of(part, rows) for part in parts]
         return put(factored.add_by_row(x, y, factors, index, kept))
 
     def changed(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
@@ -418,7 +418,7 @@ class Junction(nn.Module):
                 parts = slot.delta.factored()
                 if parts is None or len(slot.site.rows) > 1 or slot.host.rows(slot.adaptation, None) is not None:
                     return []
-                found.append(factored.Factor(*parts, rows=slot.site.rows[0] if slot.site.rows else None))
+                found.append(factored.Factor.of(parts, slot.site.rows))
         return found if found and factored.plain(module) else []
 
     def by_row(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[set[Slot], Any]:

@@ -24,9 +24,14 @@ _CACHES = ("cache", "past_key_values")
 _ENCODED = "encoder_attention_mask"
 
 
+def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """The named arguments of a module's forward."""
+    cls: Any = type(module)
+    return _parameters(cls)
+
+
 @lru_cache(maxsize=256)
-def parameters_of(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
-    """The named arguments of a module class's forward."""
+def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(cls.forward).parameters)
 
 
@@ -35,7 +40,7 @@ def text_entry(root: nn.Module, path: str) -> str | None:
     while path:
         path = path.rpartition(".")[0]
         module = root.get_submodule(path)
-        accepts = parameters_of(type(module))
+        accepts = parameters_of(module)
         if (
             "inputs_embeds" in accepts
             and "input_ids" in accepts
@@ -64,13 +69,10 @@ class TokenSlot(Slot):
                 raise AttachError(
                     f"tokens of a text model enter before its first block; layers begins at {site.depth}, not 0"
                 )
-            readers = (
-                []
-                if stack.causal
-                else [text_entry(host.model, s.blocks[0].path) for s in host.anatomy.stacks if s.causal]
-            )
-            readers = [r for r in readers if r and r != entry and _ENCODED in parameters_of(type(host.module(r)))]
             yield Point(entry, "before", "embed", owns=True)
+            decoders = [] if stack.causal else [s for s in host.anatomy.stacks if s.causal]
+            around = {text_entry(host.model, s.blocks[0].path) for s in decoders} - {entry, None}
+            readers = [path for path in around if path and _ENCODED in parameters_of(host.module(path))]
             for reader in readers:  # which goes on seeing them, so they are kept
                 yield Point(reader, "before", "lengthen")
             if not readers:
@@ -100,7 +102,7 @@ class TokenSlot(Slot):
     # ---- text: before the model that embeds
 
     def embed(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs]:
-        names = [n for n in parameters_of(type(module)) if n != "self"]
+        names = [n for n in parameters_of(module) if n != "self"]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if self.host.rows(self.adaptation, None) is not None:
             raise AttachError(
@@ -116,7 +118,7 @@ class TokenSlot(Slot):
         if source is None:
             raise AttachError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
         if seen == 0:
-            kwargs["inputs_embeds"] = torch.cat([self.tokens(embeds), embeds], 1)
+            kwargs["inputs_embeds"] = torch.cat([self.tokens(source), source], 1)
         self.hold(seen == 0)
         self.lengthen_masks(kwargs, source, seen)
         return (), kwargs
@@ -141,7 +143,7 @@ class TokenSlot(Slot):
 
     def lengthen(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
         """A decoder's mask over an encoder whose output has the extra tokens."""
-        names = [n for n in parameters_of(type(module)) if n != "self"]
+        names = [n for n in parameters_of(module) if n != "self"]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is None or mask is None or mask.shape[-1] + self.length != states.shape[1]:

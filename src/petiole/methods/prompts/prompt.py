@@ -57,7 +57,7 @@ class PromptTuning(Method):
         """Copy the embeddings of random tokens into the prompt."""
         if self.init != "vocabulary":
             return
-        table = moment.model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+        table = moment.model.get_input_embeddings().weight  # type: ignore[operator]
         generator = torch.Generator().manual_seed(moment.seed)
         for delta in moment.deltas.values():
             if isinstance(delta, Prompt) and table.device.type != "meta" and table.shape[1] == delta.tokens.shape[1]:
