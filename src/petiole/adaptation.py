@@ -76,18 +76,29 @@ class Adaptation:
             ).detach()  # type: ignore[union-attr]
         return tensors
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module that holds parameters of the change, by the name that its tensors have in `named_tensors`."""
+        yield from ((slot.key, slot.delta) for slot in self.slots)
+        yield from ((f"{number}.shared", module) for number, module in self.shared.items())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter of the change, each once, by its name in `named_tensors`; those that an event may free are frozen here."""
+        seen: set[int] = set()
+        for key, module in self.modules():
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{key}:{name}", parameter
+        for name in self.own:
+            owner, _, attribute = name.rpartition(".")
+            own = self.host.module(owner)._parameters.get(attribute)
+            if own is not None and id(own) not in seen:
+                seen.add(id(own))
+                yield f"own:{name}", own
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters, each once."""
-        seen: set[int] = set()
-        modules = [*(slot.delta for slot in self.slots), *self.shared.values()]
-        backbone = dict(self.model.named_parameters())
-        for parameter in (
-            *(p for m in modules for p in m.parameters()),
-            *(backbone[n] for n in self.own if n in backbone),
-        ):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter
+        return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
 
     @property
     def trainable(self) -> int:
@@ -112,17 +123,20 @@ class Adaptation:
             **about,
         )
 
+    @property
+    def has_loss_terms(self) -> bool:
+        return any(method.overrides("loss") for method in self.methods)
+
     def loss_terms(self) -> list[Tensor]:
         """The extra loss terms of this adaptation's methods, for the forward pass just done."""
         terms = []
+        events = self.host.events
         for number, method in enumerate(self.methods):
             if method.overrides("loss"):
-                term = method.loss(self.moment(number, accumulation=self.accumulation))
+                term = method.loss(events.moment(self, number) if events is not None else self.moment(number))
                 if term is not None:
-                    terms.append(term / self.accumulation)
+                    terms.append(term)
         return terms
-
-    accumulation: int = 1  # micro-batches that a trainer adds up without dividing; extra loss terms are divided by it
 
     # ---- looking and checking
 

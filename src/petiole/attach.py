@@ -324,8 +324,16 @@ class Host:
         loss = getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
             self.owes_terms = self.owes_terms or bool(acting)
-        elif found := [term for adaptation in acting for term in adaptation.loss_terms()]:
-            output["loss"] = terms.add(loss, found, terms.share(self.model, inputs))
+            return
+        if found := [term for adaptation in acting for term in adaptation.loss_terms()]:
+            output["loss"] = loss = terms.add(loss, found, terms.share(self.model, inputs))
+        if (events := self.events) is not None:
+            events.saw_loss(loss)
+
+    @property
+    def events(self) -> Any:
+        """The `Events` of the run that goes on, if any."""
+        return self.training() if self.training is not None else None
 
     def places_of(self, name: str) -> list[tuple[str, str]]:
         """Every (module path, attribute) under which a tensor of the backbone stands: several where weights are tied."""

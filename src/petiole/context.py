@@ -103,12 +103,23 @@ def with_rows(host: int, rows: tuple[Names, ...]) -> Context:
 
 
 class Recall:
-    """Wraps the checkpointing function that a Transformers layer holds, so that recomputation sees the forward's context."""
+    """Wraps the checkpointing function that a Transformers layer holds, so that recomputation sees the forward's context.
+
+    Re-entrant checkpointing cuts the graph where none of its inputs needs a gradient, as at the first block above a frozen embedding:
+    everything inside would train in vain. Its input then gets a gradient to carry.
+    """
 
     def __init__(self, inner: Callable[..., Any]) -> None:
         self.inner = inner
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.inner, "keywords", {}).get("use_reentrant") and not any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        ):
+            args = tuple(
+                a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                for a in args
+            )
         return self.inner(partial(_run_in, _CURRENT.get(), function), *args, **kwargs)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from petiole.errors import TrainingError
-from petiole.junction import of_output
+from petiole.junction import Slot, of_output
 
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 def check(adaptation: Adaptation, batch: Mapping[str, Any], loss: Callable[[Any], Tensor] | None = None) -> None:
     """See `Adaptation.check`: a forward and a backward pass in training mode, of which no trace is left."""
     model = adaptation.model
-    proof = Proof(adaptation)
-    with untouched(model):
+    if adaptation.name not in adaptation.host.active:
+        raise TrainingError(f"{adaptation.name!r} does not act now: pt.activate(model, {adaptation.name!r}) first")
+    with untouched(adaptation):
+        proof = Proof(adaptation)
         for parameter in model.parameters():
             parameter.grad = None
         model.train()
@@ -36,16 +39,9 @@ def check(adaptation: Adaptation, batch: Mapping[str, Any], loss: Callable[[Any]
                 )
             value.backward()
         proof.called()
-        proof.gradients()
-        proof.stands([stepped(p) for p in proof.parameters])
-
-
-def stepped(parameter: nn.Parameter) -> Tensor:
-    """The parameter after a step along its gradient whose largest entry is a hundredth of the parameter's largest."""
-    if parameter.grad is None or not bool((parameter.grad != 0).any()):
-        return parameter.detach()
-    size = parameter.detach().abs().max().clamp_min(1e-3) / parameter.grad.abs().max()
-    return parameter.detach() - (1e-2 * size * parameter.grad).to(parameter.dtype)
+        proof.gradients(finite=True)
+        proof.mark()
+        proof.moved(stepped)
 
 
 def default_loss(output: Any) -> Tensor:
@@ -56,11 +52,14 @@ def default_loss(output: Any) -> Tensor:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(adaptation: Adaptation) -> Iterator[None]:
     """Whatever happens inside, parameters' gradients, buffers, modes and the random state are afterwards as before."""
+    model, host = adaptation.model, adaptation.host
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
+    fired = [(slot, slot.fired) for slot in adaptation.slots]
+    owes = host.owes_terms
     with torch.random.fork_rng():
         try:
             yield
@@ -72,80 +71,129 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for module, training in modes:
                 module.training = training
+            for slot, before in fired:
+                slot.fired = before
+            host.owes_terms = owes
+
+
+Value = Callable[[nn.Parameter, int], Tensor]
+
+
+@dataclass
+class Unit:
+    """What must not train in vain as a whole: a delta, a module that the attachment shares, a parameter of the backbone.
+
+    Attributes:
+        slot: of a delta, None otherwise.
+        idles: the method says that it may go without a gradient in a step.
+    """
+
+    label: str
+    parameters: list[nn.Parameter]
+    idles: bool
+    slot: Slot | None = None
 
 
 class Proof:
-    """Watches one adaptation through its first training step."""
+    """Watches one adaptation through its first training step.
+
+    Raises:
+        TrainingError: nothing trains.
+    """
 
     def __init__(self, adaptation: Adaptation) -> None:
-        self.adaptation = adaptation
-        self.parameters = list(adaptation.parameters())
-        self.start = [p.detach().clone() for p in self.parameters]
-        index = {id(p): i for i, p in enumerate(self.parameters)}
-        backbone = dict(adaptation.model.named_parameters())
-        units = [(slot.site.key, slot.delta.parameters(), slot.number) for slot in adaptation.slots]
-        units += [
-            (f"{adaptation.methods[n].slug} (shared)", module.parameters(), n)
-            for n, module in adaptation.shared.items()
+        methods = adaptation.methods
+        idle = [bool(method.idles) for method in methods]
+        self.units = [
+            Unit(s.site.key, trainable(s.delta.parameters()), s.number >= 0 and idle[s.number], s)
+            for s in adaptation.slots
         ]
-        self.units = [(key, [index[id(p)] for p in params if id(p) in index], number) for key, params, number in units]
-        self.units += [
-            (name, [index[id(backbone[name])]], 0)
-            for name in adaptation.own
-            if name in backbone and id(backbone[name]) in index
-        ]
-        self.graded: set[int] = set()
+        for number, module in adaptation.shared.items():
+            self.units.append(Unit(f"{methods[number].slug} (shared)", trainable(module.parameters()), idle[number]))
+        for name, parameter in adaptation.named_parameters():
+            if name.startswith("own:"):
+                self.units.append(Unit(name[4:], trainable([parameter]), any(idle)))
+        if not any(unit.parameters for unit in self.units):
+            raise TrainingError(f"{adaptation.name!r} has no trainable parameter: nothing would train")
+        self.marks: dict[int, tuple[nn.Parameter, int, Tensor]] = {}
         for slot in adaptation.slots:
             slot.fired = False
 
-    def idles(self, number: int) -> bool:
-        return number >= 0 and bool(self.adaptation.methods[number].idles)
-
     def called(self) -> None:
-        """Raises TrainingError: a site was never called."""
+        """Raises TrainingError: a site was never called. A gradient is evidence too: compiled code leaves no other."""
         silent = [
-            slot.site.key
-            for slot in self.adaptation.slots
-            if not slot.fired and not slot.merged and not self.idles(slot.number)
+            unit.label
+            for unit in self.units
+            if unit.slot is not None and not (unit.slot.fired or unit.slot.merged or unit.idles)
+            if not any(p.grad is not None for p in unit.parameters)
         ]
         if silent:
             raise TrainingError(
-                f"not called in this forward pass: {named(silent)}; what was attached there would train in vain"
+                f"not called in this forward pass: {some(silent)}; what was attached there would train in vain"
             )
 
-    def gradients(self) -> None:
-        """Note which parameters have a gradient now. Raises TrainingError: a delta has none."""
-        for i, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and bool((parameter.grad != 0).any()):
-                self.graded.add(i)
-                if not bool(torch.isfinite(parameter.grad).all()):
-                    raise TrainingError(f"the gradient of {self.key(i)} is not finite")
-        without = [
-            key
-            for key, parts, number in self.units
-            if parts and not self.graded.intersection(parts) and not self.idles(number)
-        ]
+    def gradients(self, finite: bool = False) -> None:
+        """Raises TrainingError: a unit has no gradient, or (if asked) one that is not finite."""
+        without = []
+        for unit in self.units:
+            if unit.parameters and not unit.idles and not any(graded(p) for p in unit.parameters):
+                without.append(unit.label)
+            if finite and not all(bool(torch.isfinite(p.grad).all()) for p in unit.parameters if p.grad is not None):
+                raise TrainingError(f"the gradient of {unit.label} is not finite")
         if without:
             raise TrainingError(
-                f"without a gradient: {named(without)}; the loss does not depend on it, or a graph was cut on the way"
+                f"without a gradient: {some(without)}; the loss does not depend on it, or a graph was cut on the way"
             )
 
-    def key(self, i: int) -> str:
-        return next(key for key, parts, _ in self.units if i in parts)
+    def mark(self) -> None:
+        """Remember, of each parameter with a gradient, the entry with the largest one: any optimiser moves that first."""
+        for unit in self.units:
+            for parameter in unit.parameters:
+                if parameter.requires_grad and graded(parameter):
+                    grad = parameter.grad.to_dense()  # type: ignore[union-attr]
+                    index = int(grad.abs().argmax())
+                    self.marks[id(parameter)] = (parameter, index, entry(parameter, index).clone())
 
-    def stands(self, now: list[Tensor] | None = None) -> None:
-        """Raises TrainingError: a delta with a gradient has not moved."""
-        now = [p.detach() for p in self.parameters] if now is None else now
-        moved = {i for i, (a, b) in enumerate(zip(self.start, now, strict=True)) if not torch.equal(a, b)}
-        still = [
-            key for key, parts, _ in self.units if self.graded.intersection(parts) and not moved.intersection(parts)
-        ]
+    def moved(self, now: Value | None = None) -> None:
+        """Raises TrainingError: a unit with a gradient has not moved."""
+        still = self.still(now)
         if still:
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for unit in still for p in unit.parameters})
             raise TrainingError(
-                f"did not move: {named(still)}; the optimiser does not hold its parameters, or the step vanishes in {self.start[0].dtype}"
+                f"did not move: {some([unit.label for unit in still])}; "
+                f"the optimiser does not hold its parameters, or the step vanishes in {', '.join(dtypes)}"
             )
 
+    def still(self, now: Value | None = None) -> list[Unit]:
+        """Units of which no marked entry has changed. `now` gives the entry of a parameter, as it is if None."""
+        now, found = now or entry, []
+        for unit in self.units:
+            marks = [self.marks[id(p)] for p in unit.parameters if id(p) in self.marks]
+            if marks and not unit.idles and all(torch.equal(now(p, index), value) for p, index, value in marks):
+                found.append(unit)
+        return found
 
-def named(keys: list[str]) -> str:
-    shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-    return shown
+
+def trainable(parameters: Any) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def graded(parameter: nn.Parameter) -> bool:
+    """Whether it has a gradient that is not zero everywhere."""
+    return parameter.grad is not None and bool((parameter.grad.to_dense() != 0).any())
+
+
+def entry(parameter: nn.Parameter, index: int) -> Tensor:
+    return parameter.detach().flatten()[index]
+
+
+def stepped(parameter: nn.Parameter, index: int) -> Tensor:
+    """The entry after a step along the gradient of a hundredth of the parameter's largest entry."""
+    size = parameter.detach().abs().max().clamp_min(1e-3)
+    sign = parameter.grad.to_dense().flatten()[index].sign()  # type: ignore[union-attr]
+    return entry(parameter, index) - (1e-2 * size * sign).to(parameter.dtype)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first four of a list, in words."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

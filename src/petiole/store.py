@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from petiole import files
-from petiole.errors import ConfigError, FileError, PetioleError
+from petiole.errors import AttachError, ConfigError, FileError, PetioleError
 from petiole.method import Delta, Method, registry
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def header(adaptation: Adaptation, folded: bool, state: dict[str, Any]) -> dict[
         "seed": adaptation.seed,
         "methods": [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in methods],
         "head": any(slot.number == HEAD for slot in adaptation.slots),
-        "structure": {slot.key: structure for slot in adaptation.slots if (structure := slot.delta.structure())},
+        "structure": {key: structure for key, module in adaptation.modules() if (structure := structure_of(module))},
         "state": state,
         "backbone": adaptation.host.mark,
     }
@@ -71,7 +71,7 @@ def load(
         FileError: damaged, altered, of another backbone, of an unknown method or a newer version. The model is as it was.
     """
     from petiole.anatomy import anatomy
-    from petiole.attach import head_names, host_of, install, originals, plan
+    from petiole.attach import device_of, head_names, host_of, install, originals, plan
 
     local = pull(str(path)) if str(path).startswith(HUB) else Path(path)
     tensors, about = files.load_adaptation(local)
@@ -91,12 +91,12 @@ def load(
         structures = expect(local, about, "structure", dict)
         modules: dict[str, nn.Module] = {}
         for number, place in made.places:
-            key = f"{number}.{place.site.key}.{place.site.side}"
-            place.delta.restructure(structures.pop(key, {}))
-            modules[key] = place.delta
+            modules[f"{number}.{place.site.key}.{place.site.side}"] = place.delta
+        modules |= {f"{number}.shared": shared for number, shared in made.shared.items()}
+        for key, module in modules.items():
+            restructure(module, structures.pop(key, {}), device_of(module, model))
         if structures:
             raise FileError(f"{local}: describes {next(iter(structures))}, which this method does not have")
-        modules |= {f"{number}.shared": shared for number, shared in made.shared.items()}
         own = {f"own:{n}": value for n, value in originals(model, made.trained).items()}
     except FileError:
         raise
@@ -128,6 +128,8 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     Raises:
         FileError: the file is of another configuration, or does not fit. Nothing has changed then.
     """
+    from petiole.attach import device_of
+
     tensors, about = files.load_adaptation(path)
     mine = [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in adaptation.methods]
     if expect(path, about, "methods", list) != mine:
@@ -139,9 +141,8 @@ def refill(adaptation: Adaptation, path: Path) -> None:
         raise FileError(f"{path}: made on another backbone: {differences[0]}")
     state, tensors = state_of(path, about, tensors)
     structures = expect(path, about, "structure", dict)
-    for slot in adaptation.slots:
-        if slot.key in structures and structures[slot.key] != slot.delta.structure():
-            slot.delta.restructure(structures[slot.key])
+    for key, module in adaptation.modules():
+        restructure(module, structures.get(key, {}), device_of(module, adaptation.model))
     current = adaptation.named_tensors(folded=False)
     compare(path, current, tensors)
     with torch.no_grad():
@@ -150,6 +151,23 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     for number, values in state.items():
         adaptation.state[number].clear()
         adaptation.state[number].update(values)
+
+
+def structure_of(module: nn.Module) -> dict[str, Any]:
+    """Sizes that changed since construction; a module that the whole attachment shares may have them, too."""
+    found = getattr(module, "structure", None)
+    return found() if callable(found) else {}
+
+
+def restructure(module: nn.Module, structure: dict[str, Any], device: torch.device) -> None:
+    """Give a module the stored sizes, on its device; an empty structure stands for the sizes at construction."""
+    if structure == structure_of(module):
+        return
+    rebuild = getattr(module, "restructure", None)
+    if not callable(rebuild):
+        raise AttachError(f"{type(module).__name__} has no variable structure, but one was stored: {structure}")
+    rebuild(structure)
+    module.to(device)
 
 
 def checked(model: nn.Module, name: str) -> str:

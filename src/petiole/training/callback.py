@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -25,7 +26,9 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 class PetioleCallback(TrainerCallback):
-    """Fires the events of all attached methods.
+    """Fires the events of all attached methods, and stops at the first loss or weight that is not finite.
+
+    Methods that add parameters can be resumed, and trained by several processes, by `pt.Trainer` only.
 
     Args:
         prove: whether the first step must show that every site was called and every delta moved.
@@ -35,7 +38,9 @@ class PetioleCallback(TrainerCallback):
     def __init__(self, prove: bool = True, batches: Any = None) -> None:
         self.prove, self.batches = prove, batches
         self.events: Events | None = None
-        self.accumulates = False  # whether the trainer adds up losses that are scaled already (set by pt.Trainer)
+        self.epochs: int | None = (
+            None  # whose end had been told when the checkpoint was saved from which training goes on
+        )
 
     def on_train_begin(
         self,
@@ -44,14 +49,16 @@ class PetioleCallback(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        accumulation = args.gradient_accumulation_steps if self.accumulates else 1
-        self.events = Events(
-            inner(model), optimizer, total_steps=state.max_steps, accumulation=accumulation, prove=self.prove
-        )
+        self.events = Events(inner(model), optimizer, lr_scheduler, total_steps=state.max_steps, prove=self.prove)
         self.events.step, self.events.epoch = state.global_step, float(state.epoch or 0)
+        done = math.ceil(self.events.epoch) if state.global_step >= state.max_steps else math.floor(self.events.epoch)
+        self.events.epochs = self.epochs if self.epochs is not None else done
         self.events.begin(self.batches)
+        while self.events.epochs < done:  # the checkpoint was saved in the last step of an epoch, before its end
+            self.events.epoch_end()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,9 +71,14 @@ class PetioleCallback(TrainerCallback):
         self.now(state).before_optimizer_step()
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
-        self.now(state).after_optimizer_step()
+        self.now(state).after_optimizer_step(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

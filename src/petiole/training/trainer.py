@@ -6,21 +6,31 @@ Mixed precision, accumulation, gradient checkpointing, early stopping, best chec
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from transformers import Trainer as HFTrainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from petiole import files
 from petiole.adaptation import Adaptation
-from petiole.attach import need_host
+from petiole.attach import host_of, need_host
 from petiole.errors import FileError, TrainingError
 from petiole.store import refill, save
+from petiole.training import groups, processes
 from petiole.training.callback import PetioleCallback, inner
+from petiole.training.diagnosis import empty, where
+from petiole.training.events import Events, check_state, only_acting
 
 SUFFIX = ".petiole.safetensors"
+EVENTS = "events.json"
 CALIBRATION_BATCHES = 8
 
 
@@ -41,61 +51,170 @@ class Trainer(HFTrainer):
     def __init__(self, *args: Any, prove: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         need_host(inner(self.model))
+        self.refuse_unfit()
+        self.args.logging_nan_inf_filter = False  # the run stops at the first such loss: nothing is left to hide
         self.petiole = PetioleCallback(prove=prove)
-        self.petiole.accumulates = bool(self.model_accepts_loss_kwargs)
         self.add_callback(self.petiole)
         self.skipped: list[tuple[Path, str]] = []
+        self.resumed: dict[str, Any] = {}  # what a checkpoint says about events and groups
+
+    def refuse_unfit(self) -> None:
+        """Raises TrainingError: a way of distributing the model that its hooks do not survive."""
+        if self.args.n_gpu > 1:
+            raise TrainingError(
+                f"{self.args.n_gpu} GPUs in one process would get copies of the model without its deltas\n"
+                "start one process for each with `accelerate launch`, or show only one with CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TrainingError(
+                "FSDP and DeepSpeed shard the parameters, which adaptations can't be saved from; use DDP"
+            )
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.args.activation_checkpointing and reentrant and processes.count() > 1 and idles(inner(self.model)):
+            raise TrainingError(
+                "re-entrant gradient checkpointing over several processes needs a gradient for every delta in every step, and "
+                f"{idles(inner(self.model))} lets some idle\nset gradient_checkpointing_kwargs={{'use_reentrant': False}}"
+            )
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Over several processes, parameters may go without a gradient (experts, layers that a method leaves out, dropped ranks).
+
+        Only re-entrant checkpointing can't be had with that.
+        """
+        if self.args.ddp_find_unused_parameters is None and self.model is not None and host_of(inner(self.model)):
+            checkpointing = self.args.activation_checkpointing_kwargs or {}
+            self.args.ddp_find_unused_parameters = not (
+                self.args.activation_checkpointing and checkpointing.get("use_reentrant")
+            )
+        return super()._build_accelerator_args(**kwargs)
 
     @property
     def adaptations(self) -> dict[str, Adaptation]:
         return need_host(inner(self.model)).adaptations
 
+    @property
+    def events(self) -> Events:
+        """Those of the run that goes on, or that has ended."""
+        if self.petiole.events is None:
+            raise TrainingError("events begin with train()")
+        return self.petiole.events
+
     # ---- training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            newest, self.skipped = files.newest_whole(Path(self.args.output_dir))
-            for folder, reason in self.skipped:
-                print(f"skipped {folder}: {reason}")
-            resume_from_checkpoint = str(newest) if newest is not None else None
-        elif isinstance(resume_from_checkpoint, str):
-            problems = files.verify_manifest(Path(resume_from_checkpoint))
-            if problems:
-                raise FileError(f"{resume_from_checkpoint} is not a whole checkpoint: {problems[0]}")
-        loader = self.get_train_dataloader
-        self.petiole.batches = Batches(
-            lambda: itertools.islice(map(self._prepare_inputs, loader()), CALIBRATION_BATCHES)
-        )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
+        """As the HF Trainer's.
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        labels = inputs.get("labels")
-        if (
-            isinstance(labels, torch.Tensor)
-            and labels.numel()
-            and not labels.is_floating_point()
-            and bool((labels == -100).all())
-        ):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: every label of this batch is masked (-100), so its loss is empty"
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint in `output_dir`, if there is one; or the path of one.
+
+        Raises:
+            FileError: the checkpoint is damaged, not finished, or holds no state of the optimiser.
+        """
+        self.petiole.events, self.resumed = None, {}
+        folder = self.checkpoint(resume_from_checkpoint)
+        if folder is not None:
+            self.resumed = read_events(folder)
+        self.petiole.epochs = self.resumed.get("epochs")
+        self.petiole.batches = Batches(self)
+        if self.model_init is not None:
+            return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
+        with only_acting(inner(self.model)):
+            return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
+
+    def checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> Path | None:
+        """The folder to resume from; None to begin anew."""
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True:
+            found = [files.newest_whole(Path(self.args.output_dir))] if self.is_world_process_zero() else [None]
+            folder, self.skipped = broadcast_object_list(found)[0]  # all processes go on from the same one
+            if self.is_world_process_zero():
+                for path, reason in self.skipped:
+                    warnings.warn(f"skipped {path}: {reason}", stacklevel=3)
+                if folder is None:
+                    warnings.warn(f"no whole checkpoint in {self.args.output_dir}: training begins anew", stacklevel=3)
+            if folder is None:
+                return None
+        else:
+            folder = Path(wanted)
+            whole(folder, "the checkpoint to resume from")
+        if not (folder / "optimizer.pt").is_file():
+            raise FileError(
+                f"{folder} holds no state of the optimiser (save_only_model=True), so training can't go on from it\n"
+                f"begin anew from its change: pt.load(model, '{folder}/….{SUFFIX[1:]}')"
             )
+        return folder
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(*args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if self.resumed and best is not None and self.args.load_best_model_at_end:
+            whole(Path(best), "the best checkpoint until now")  # better now than at the end of the run
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.resumed and self.state.global_step >= self.state.max_steps:  # the checkpoint is that of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss).all()):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)}{self.culprit(model, inputs)}\n"
-                "lower the learning rate, clip gradients, or look at this batch"
-            )
+        events = self.events
+        if self.accelerator.sync_gradients:
+            events.synchronise()
+        finite, none = torch.isfinite(loss).all(), empty(inputs, num_items_in_batch, loss)
+        if not bool(finite & ~none):  # one look at the device
+            self.stop(inputs, loss, bool(none))
+        events.loss = None  # it has been looked at
         return loss
 
-    def culprit(self, model: nn.Module, inputs: dict[str, Any]) -> str:
-        """Which rows of a batch have an output that is not finite, in words."""
-        with torch.no_grad():
-            output = model(**self._prepare_inputs(inputs))
-        logits = getattr(output, "logits", None)
-        if not isinstance(logits, torch.Tensor):
-            return ""
-        bad = (~torch.isfinite(logits).flatten(1).all(1)).nonzero().flatten().tolist()
-        return f" (rows {', '.join(map(str, bad[:8]))} of the batch have logits that are not finite)" if bad else ""
+    def stop(self, inputs: dict[str, Any], loss: Tensor, none: bool) -> None:
+        """Raises TrainingError: says why the loss of this batch is of no use."""
+        at = f"step {self.state.global_step + 1}"
+        if none:
+            raise TrainingError(
+                f"{at}: every label of this batch is masked (-100), so its loss is empty; look at the data"
+            )
+        place = where(inner(self.model), self._prepare_inputs(inputs))
+        raise TrainingError(
+            f"{at}: the loss is {float(loss)}{'; ' if place else ''}{place}\n"
+            "lower the learning rate, clip gradients, or look at this batch"
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As the HF Trainer's; where the model itself gave no loss (label smoothing, `compute_loss_func`), terms are added here."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        host = need_host(inner(self.model))
+        if host.owes_terms and self.petiole.events is not None and model.training:
+            extra = self.petiole.events.extra_loss()
+            if extra is not None:
+                scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+                once = self.current_gradient_accumulation_steps if scaled or self.compute_loss_func is not None else 1
+                loss = loss + (extra / once).to(loss.device, loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- groups of the optimiser
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay acts on matrices but for those that a delta excepts; never on vectors: biases, norms, gains, gates."""
+        kind = groups.kinds(inner(self.model))
+        return [name for name, p in model.named_parameters() if kind.get(id(p), (p.ndim > 1, 1.0))[0]]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        ours = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if ours:
+            groups.spread(optimizer, groups.kinds(inner(self.model)))
+        if "groups" in self.resumed:
+            groups.rebuild(inner(self.model), optimizer, self.resumed["groups"], self.resumed["source"])
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if "groups" in self.resumed:
+            groups.set_clocks(scheduler, self.resumed["groups"])
+        return scheduler
 
     # ---- checkpoints: the change alone
 
@@ -106,35 +225,99 @@ class Trainer(HFTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         for name, adaptation in self.adaptations.items():
             save(adaptation, folder / f"{name}{SUFFIX}", folded=False)
-        if self.processing_class is not None and hasattr(self.processing_class, "save_pretrained"):
-            self.processing_class.save_pretrained(folder)
+        processor: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if hasattr(processor, "save_pretrained"):
+            processor.save_pretrained(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        """The HF Trainer's, between a folder emptied first and a manifest written last; older checkpoints go only after that."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
+            (folder / files.MANIFEST).unlink(missing_ok=True)  # first: half a folder must not look whole
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            files.write_json(folder / EVENTS, self.events.state_dict())
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
             files.write_manifest(folder)
+            rotate(run, limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if (Path(checkpoint_folder) / files.MANIFEST).is_file():  # asked for too early otherwise
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for name, adaptation in self.adaptations.items():
             refill(adaptation, Path(resume_from_checkpoint) / f"{name}{SUFFIX}")
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        folder = Path(str(self.state.best_model_checkpoint))
+        whole(folder, "the best checkpoint")
+        self._load_from_checkpoint(str(folder))
+
+
+def whole(folder: Path, what: str) -> None:
+    """Raises FileError: a checkpoint is not as it was saved."""
+    if problems := files.verify_manifest(folder):
+        raise FileError(f"{folder}, {what}, is not whole: {problems[0]}")
+
+
+def idles(model: nn.Module) -> str:
+    """The methods whose deltas may go without a gradient in a step, in words; empty if there is none."""
+    return ", ".join(sorted({m.slug for adaptation in groups.acting(model) for m in adaptation.methods if m.idles}))
+
+
+def read_events(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about events and groups."""
+    state = files.read_json(folder / EVENTS)
+    check_state(state, folder / EVENTS)
+    return {**state, "source": folder / EVENTS}
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Keep the newest `limit` checkpoints that were finished, and the best one; unfinished ones older than those count for nothing."""
+    if not limit or limit < 1:
+        return
+    numbered = []
+    for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.rpartition("-")[2]
+        if folder.is_dir() and step.isdecimal():
+            numbered.append((int(step), folder))
+    numbered.sort()
+    whole = [folder for _, folder in numbered if (folder / files.MANIFEST).is_file()]
+    kept = set(whole[-limit:]) | ({Path(best)} if best else set())
+    for _, folder in numbered[: numbered.index(next(e for e in numbered if e[1] == whole[-1]))] if whole else ():
+        if folder not in kept:
+            (folder / files.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Batches:
-    """Batches that can be gone through more than once.
+    """The first training batches, for methods that calibrate: the same on every process, and they can be gone through again.
 
     Args:
-        make: a function that starts over.
+        trainer: whose loader gives them.
     """
 
-    def __init__(self, make: Any) -> None:
-        self.make = make
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.kept: list[dict[str, Any]] | None = None
 
-    def __iter__(self) -> Any:
-        return iter(self.make())
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        trainer = self.trainer
+        if self.kept is None:
+            self.kept = list(itertools.islice(trainer.get_train_dataloader(), CALIBRATION_BATCHES))
+            self.kept = broadcast_object_list([self.kept])[0]  # each process has a part of its own
+        return (trainer._prepare_inputs(batch) for batch in self.kept)
+
+
+__all__ = ["Trainer"]
