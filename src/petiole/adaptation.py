@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petiole import context
 from petiole.junction import Slot
-from petiole.method import Method, Moment, raw
+from petiole.method import Method, Moment
 
 if TYPE_CHECKING:
     from petiole.attach import Host
@@ -41,6 +41,7 @@ class Adaptation:
         self.own = own  # backbone tensors trained in place -> as they were
         self.state: dict[int, dict[str, Any]] = {number: {} for number in range(len(methods))}
         self.merged = False
+        self.mark: dict[str, Any] = {}  # fingerprint of the backbone that it was attached to
         self._kept: dict[tuple[str, str], Tensor] = {}  # what merging overwrote
 
     def __repr__(self) -> str:
@@ -70,10 +71,8 @@ class Adaptation:
             }
         for name in self.own:
             owner, _, attribute = name.rpartition(".")
-            module = self.host.module(owner)
-            tensors[f"own:{name}"] = (
-                raw(module, attribute) if attribute in module._parameters else module._buffers[attribute]
-            ).detach()  # type: ignore[union-attr]
+            kept = self._kept.get((owner, attribute))  # where a merge has added something to it
+            tensors[f"own:{name}"] = (self.host.tensor(name) if kept is None else kept).detach()
         return tensors
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -165,9 +164,11 @@ class Adaptation:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """This adaptation doesn't act inside the `with`, in this thread; others go on."""
-        host = self.host
-        names = context.current().active.get(id(host), host.active)
-        with context.entered(context.with_active(id(host), tuple(n for n in names if n != self.name))):
+        from petiole.attach import refuse_without_merged
+
+        if self.merged:
+            refuse_without_merged(self.host, ())
+        with context.entered(context.without(id(self.host), self.name, self.host.active)):
             yield
 
     def detach(self) -> nn.Module:

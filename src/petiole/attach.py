@@ -74,7 +74,8 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
     made = Plan(tuple(methods))
     with torch.random.fork_rng(devices=[]):
         for number, method in enumerate(methods):
-            torch.manual_seed(site_seed(seed, f"{number}"))  # for modules that initialise themselves when built
+            # For modules that initialise themselves when built: on CPU, so no other device's generator is touched.
+            torch.default_generator.manual_seed(site_seed(seed, f"{number}"))
             places = list(method.deltas(found))
             shared = method.shared(found)
             if shared is not None:
@@ -204,6 +205,9 @@ class Host:
         self.attention_configs: list[tuple[Any, Any]] = []
         self.training: Any = None  # a weak reference to the `Events` of the run that goes on, if any
         self.owes_terms = False  # whether a forward pass in training gave no loss to which terms could be added
+        self.merges: list[
+            tuple[Adaptation, set[tuple[str, str]]]
+        ] = []  # what was merged into which tensors, oldest first
         self._paths: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[str, str]]] = {}
         self._lock = Lock()
@@ -222,8 +226,15 @@ class Host:
     def module(self, path: str) -> nn.Module:
         """The module at a path, found once."""
         if path not in self._paths:
-            self._paths[path] = self.model.get_submodule(path)
+            self._paths[path] = beneath(self.model.get_submodule(path))
         return self._paths[path]
+
+    def tensor(self, name: str) -> Tensor:
+        """The backbone's own parameter or buffer of that name, whatever stands in its place during a forward pass."""
+        owner, _, attribute = name.rpartition(".")
+        module = self.module(owner)
+        found = module._parameters.get(attribute)
+        return found if found is not None else module._buffers[attribute]  # type: ignore[return-value]
 
     def acts(self, adaptation: str) -> bool:
         """Whether an adaptation acts on any row of this forward pass."""
@@ -258,21 +269,27 @@ class Host:
         """A value that `pt.given` holds for this forward pass."""
         return context.current().given.get(id(self), {}).get(name, default)
 
-    def prior(self, slot: Slot) -> tuple[WeightDelta, ...]:
-        """Weight deltas that act on the same weight before `slot`."""
+    def prior(self, slot: Slot) -> list[tuple[Site, Any]] | None:
+        """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise.
+
+        None where they act on some of its rows and not on others.
+        """
         junction = self.junctions.get((slot.site.caller or slot.site.path, slot.site.kind == "parameter"))
         if junction is None or len(junction[0].slots) < 2:
-            return ()
-        found: list[WeightDelta] = []
+            return []
+        found: list[tuple[Site, Any]] = []
         rows = self.row_names()
         for other, _ in junction[0].slots:
             if other is slot:
                 break
-            if rows is not None and any(slot.adaptation in row and other.adaptation not in row for row in rows):
-                continue  # it acts on other rows
-            if isinstance(other, (WeightSlot, ParameterSlot)) and other.site.key == slot.site.key and other.acts():
-                found.append(other.delta)
-        return tuple(found)
+            if not changes_weight(other) or not overlap(other.site, slot.site) or not other.acts():
+                continue
+            beside = {other.adaptation in row for row in rows or () if slot.adaptation in row}
+            if len(beside) > 1:
+                return None
+            if beside != {False}:
+                found.append((other.site, other.delta))
+        return found
 
     def attention_module(self, site: Site) -> str:
         """Path of the module that calls the attention interface."""
@@ -412,13 +429,27 @@ class Host:
         del self.model.__dict__["_petiole"]
 
 
+def changes_weight(slot: Slot) -> bool:
+    """Whether a slot changes its linear's output as another weight would. At the input, what comes after does not see it so."""
+    if isinstance(slot, (WeightSlot, ParameterSlot)):
+        return True
+    return isinstance(slot, HiddenSlot) and slot.site.side == "output" and hasattr(slot.delta, "weight")
+
+
+def overlap(one: Site, other: Site) -> bool:
+    """Whether two sites are parts of one tensor that have something in common."""
+    if (one.path, one.parameter, one.expert) != (other.path, other.parameter, other.expert):
+        return False
+    return not (one.rows and other.rows) or any(a < d and c < b for a, b in one.rows for c, d in other.rows)
+
+
 class Substitute(nn.Module):
     """Stands in a stack for a block; whatever the model asks of the block is answered by the block."""
 
     def __init__(self, slot: BlockSlot, block: nn.Module) -> None:
         super().__init__()
         self.delta = slot.delta
-        self._slot, self._block = slot, (block,)
+        self._slot = slot
         self.block = block
 
     def __getattr__(self, name: str) -> Any:
@@ -430,6 +461,10 @@ class Substitute(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._slot.acts():
             return self.block(*args, **kwargs)
+        if self._slot.host.rows(self._slot.adaptation, None) is not None:
+            raise AttachError(
+                f"{self._slot.site.key}: what stands in for a block acts on every row of a batch, or on none"
+            )
         self._slot.fire()
         return self.delta(self.block, *args, **kwargs)
 
@@ -441,11 +476,26 @@ def substitute(host: Host, slot: BlockSlot) -> None:
 
 
 def restore(host: Host, slot: BlockSlot) -> None:
+    """Take the slot's own stand-in out, and leave those of others, which may be around it or in it."""
     container, _, index = slot.site.path.rpartition(".")
     parent = host.module(container)
+    outer: Substitute | None = None
     stand_in = parent[int(index)]  # type: ignore[index]
-    if isinstance(stand_in, Substitute):
+    while isinstance(stand_in, Substitute) and stand_in._slot is not slot:
+        outer, stand_in = stand_in, stand_in.block
+    if not isinstance(stand_in, Substitute):
+        return
+    if outer is None:
         parent[int(index)] = stand_in.block  # type: ignore[operator]
+    else:
+        outer.block = stand_in.block
+
+
+def beneath(module: nn.Module) -> nn.Module:
+    """The backbone's own block under what stands in for it."""
+    while isinstance(module, Substitute):
+        module = module.block
+    return module
 
 
 KINDS: tuple[tuple[type[Delta], type[Slot]], ...] = (
@@ -524,46 +574,67 @@ def attach(
 
 def install(model: nn.Module, made: Plan, found: Anatomy, *, name: str, seed: int) -> Adaptation:
     """Carry a plan out, or leave the model as it was."""
-    host = host_of(model)
+    host, mark = host_of(model), mark_of(model, found)
     if host is None:
-        from petiole.files import fingerprint
-
-        mark = fingerprint(model, exclude=head_names(model, found))
         host = model.__dict__["_petiole"] = Host(model, found)
         host.mark = mark
-    taken = host.own_names() & set(made.trained)
-    if taken:
-        raise AttachError(f"{sorted(taken)[0]} is trained in place by another adaptation; detach that one first")
-    slots = [slot_for(host, name, number, place) for number, place in made.places]
-    adaptation = Adaptation(host, name, seed, made.methods, slots, made.shared, originals(model, made.trained))
-    host.adaptations[name] = adaptation
-    before = host.active
+    before, adaptation = host.active, None
     try:
+        refuse_taken(host, made.trained)
+        slots = [slot_for(host, name, number, place) for number, place in made.places]
+        adaptation = Adaptation(host, name, seed, made.methods, slots, made.shared, originals(model, made.trained))
+        adaptation.mark = mark
+        host.adaptations[name] = adaptation
         for slot in slots:
             host.install(slot)
         for number, shared in made.shared.items():
             model.add_module(f"{_CHILD}_shared_{name}-{number}", shared)
-        parameters = dict(model.named_parameters())
         for own in made.trained:
-            parameters[own].requires_grad_(True)
+            host.tensor(own).requires_grad_(True)
         host.active = (name,)
         forget_compiled()
         for number, method in enumerate(made.methods):
             method.on_attach(adaptation.moment(number))
     except BaseException:
         host.active = before
-        detach(adaptation)
+        if adaptation is not None:
+            detach(adaptation)
+        elif not host.adaptations:
+            host.close()
         raise
     return adaptation
+
+
+def mark_of(model: nn.Module, found: Anatomy) -> dict[str, Any]:
+    """The fingerprint of the backbone under all adaptations; with what is merged into it, which then is part of it."""
+    from petiole.files import fingerprint
+
+    host = host_of(model)
+    if host is not None and not host.merges:
+        return host.mark
+    return fingerprint(model, exclude=head_names(model, found))
+
+
+def refuse_taken(host: Host, trained: Sequence[str]) -> None:
+    """A tensor of the backbone has one owner."""
+    taken = sorted(host.own_names() & set(trained))
+    if taken:
+        raise AttachError(f"{taken[0]} is trained in place by another adaptation; detach that one first")
+    for adaptation, tensors in host.merges:
+        merged = sorted({f"{path}.{name}" if path else name for path, name in tensors} & set(trained))
+        if merged and adaptation.merged and adaptation.name in host.adaptations:
+            raise AttachError(
+                f"{merged[0]} would train, but {adaptation.name!r} is merged into it; unmerge it, or detach it to keep it for good"
+            )
 
 
 def originals(model: nn.Module, trained: Sequence[str]) -> dict[str, Tensor]:
     """Copies of what will train in place: parameters, and the running statistics that go with them."""
     kept: dict[str, Tensor] = {}
     for name in trained:
-        kept[name] = model.get_parameter(name).detach().clone()
-        owner = name.rpartition(".")[0]
-        module = model.get_submodule(owner)
+        owner, _, attribute = name.rpartition(".")
+        module = beneath(model.get_submodule(owner))
+        kept[name] = raw(module, attribute).detach().clone()
         if isinstance(getattr(module, "running_mean", None), Tensor):
             for statistic, value in module._buffers.items():
                 if value is not None:
@@ -593,13 +664,8 @@ def detach(adaptation: Adaptation) -> None:
             delattr(host.model, child)
     with torch.no_grad():
         for name, original in adaptation.own.items():
-            owner, _, attribute = name.rpartition(".")
-            tensor = (
-                raw(host.module(owner), attribute)
-                if attribute in host.module(owner)._parameters
-                else host.module(owner)._buffers[attribute]
-            )
-            if tensor is not None and not adaptation.merged:
+            tensor = host.tensor(name)
+            if not adaptation.merged:
                 tensor.copy_(original)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(False)
@@ -633,9 +699,20 @@ def known(host: Host, names: str | Sequence[str] | None) -> Names:
     return wanted
 
 
+def refuse_without_merged(host: Host, *sets: Names) -> None:
+    """What is merged into the weights acts in every forward pass, so none can be promised without it."""
+    for adaptation in host.adaptations.values():
+        if any(slot.merged for slot in adaptation.slots) and any(adaptation.name not in names for names in sets):
+            raise AttachError(
+                f"{adaptation.name!r} is merged into the weights, so no forward pass can leave it out\n"
+                "unmerge it first, or detach it to keep the change for good"
+            )
+
+
 def activate(model: nn.Module, *names: str) -> None:
     """Let these adaptations act from now on, in the order of their attachment; without names, none."""
     host = need_host(model)
+    refuse_without_merged(host, known(host, names))
     host.active = known(host, names)
     forget_compiled()
 
@@ -643,7 +720,9 @@ def activate(model: nn.Module, *names: str) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The bare backbone inside the `with`, in this thread."""
-    with context.entered(context.with_active(id(need_host(model)), ())):
+    host = need_host(model)
+    refuse_without_merged(host, ())
+    with context.entered(context.with_active(id(host), ())):
         yield
 
 
@@ -652,7 +731,8 @@ def route(model: nn.Module, names: str | Sequence[str | Sequence[str] | None] | 
     """Choose adaptations inside the `with`, in this thread: one name for all rows, or one (or None, or several) for each row."""
     host = need_host(model)
     if names is None or isinstance(names, str):
-        inner = context.with_active(id(host), known(host, names))
+        rows: tuple[Names, ...] = (known(host, names),)
+        inner = context.with_active(id(host), rows[0])
     else:
         rows = tuple(known(host, row) for row in names)
         fixed = {n for row in rows for n in row if host.adaptations[n].own or not host.adaptations[n].routes()}
@@ -665,6 +745,7 @@ def route(model: nn.Module, names: str | Sequence[str | Sequence[str] | None] | 
             if len(set(rows)) > 1
             else context.with_active(id(host), rows[0] if rows else ())
         )
+    refuse_without_merged(host, *rows)
     with context.entered(inner):
         yield
 

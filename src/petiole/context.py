@@ -102,6 +102,14 @@ def with_rows(host: int, rows: tuple[Names, ...]) -> Context:
     return replace(now, rows={**now.rows, host: rows}, active={k: v for k, v in now.active.items() if k != host})
 
 
+def without(host: int, name: str, active: Names) -> Context:
+    """The current context, in which one adaptation does not act on any row; `active` are those that act outside of contexts."""
+    now = _CURRENT.get()
+    if host in now.rows:
+        return with_rows(host, tuple(tuple(n for n in row if n != name) for row in now.rows[host]))
+    return with_active(host, tuple(n for n in now.active.get(host, active) if n != name))
+
+
 class Recall:
     """Wraps the checkpointing function that a Transformers layer holds, so that recomputation sees the forward's context.
 

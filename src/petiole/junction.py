@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from petiole import factored
 from petiole.anatomy import Site
 from petiole.errors import AttachError
-from petiole.method import Base, Place, flipped, raw
+from petiole.method import Base, Place, add_rows, composed, raw
 
 if TYPE_CHECKING:
     from petiole.attach import Host
@@ -459,6 +459,8 @@ class ParameterSlot(Slot):
         base = Base(self.site, self.host.module(self.site.path), None, self.host.prior(self))
         changes = ((self.site.parameter, self.delta.weight(base.weight)), (self.site.bias, self.delta.bias(base.bias)))
         for name, change in changes:
+            if change is not None and not name:
+                raise AttachError(f"{self.site.key}: {type(self.delta).__name__} changes a bias, but there is none")
             if change is not None:
                 yield name, change, name == self.site.parameter
 
@@ -509,36 +511,6 @@ class ParameterJunction(Junction):
                 owner.__dict__.pop(name, None)
         self.lock.release()
         return output
-
-
-def composed(whole: Tensor, parts: list[tuple[Site, Tensor, bool]]) -> Tensor:
-    """whole + changes, each in its site's layout, rows and expert."""
-    by_expert: dict[int, list[Tensor]] = {}
-    for site, change, weight in parts:
-        flip, first = weight and flipped(site), 1 if site.expert >= 0 else 0
-        if site.rows:
-            shape = (whole.shape[first + 1 if flip else first], *change.shape[1:])
-            change = add_rows(change.new_zeros(shape), change, site.rows, 0)
-        change = change.transpose(0, 1) if flip else change
-        by_expert.setdefault(site.expert, []).append(change.to(whole.dtype))
-    for change in by_expert.pop(-1, []):
-        whole = whole + change
-    if by_expert:
-        stacked = torch.stack([sum(changes[1:], changes[0]) for changes in by_expert.values()])
-        whole = whole.index_add(0, torch.tensor(list(by_expert), device=whole.device), stacked)
-    return whole
-
-
-def add_rows(y: Tensor, change: Tensor, rows: tuple[tuple[int, int], ...], axis: int) -> Tensor:
-    """Add a change to the features of y (along `axis`) that `rows` name; the change holds just those, in order."""
-    parts, at, used = [], 0, 0
-    for start, stop in rows:
-        parts += [
-            y.narrow(axis, at, start - at),
-            y.narrow(axis, start, stop - start) + change.narrow(axis, used, stop - start),
-        ]
-        at, used = stop, used + stop - start
-    return torch.cat([*parts, y.narrow(axis, at, y.shape[axis] - at)], axis)
 
 
 class Lock:

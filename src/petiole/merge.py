@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from petiole.errors import AttachError
-from petiole.junction import Slot, composed, of_output
-from petiole.method import cut, raw, view
+from petiole.junction import HiddenSlot, Slot, of_output
+from petiole.method import composed, plain, raw, view, view_bias, wide
 
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
@@ -41,9 +41,14 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
                 for owner, _, attribute in [name.rpartition(".")]
             }
             continue
-        if slot.site.kind not in _WEIGHTS or not hasattr(slot.delta, "weight"):
+        if slot.site.kind not in _WEIGHTS or not hasattr(slot.delta, "weight") or slot.place.read is not None:
             raise AttachError(f"{slot.site.key}: {type(slot.delta).__name__} can't be merged")
+    for slot in in_order(adaptation):
         fold(adaptation, slot, new, onto)
+    for other in host.adaptations.values():
+        shared = {join(*key) for key in new} & set(other.own)
+        if shared and other is not adaptation:
+            raise AttachError(f"{min(shared)} is trained in place by {other.name!r}; detach that adaptation first")
     with torch.no_grad():
         for (path, name), value in new.items():
             module = host.module(path)
@@ -56,9 +61,22 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
     for slot in adaptation.slots:
         slot.merged = True
     adaptation.merged = True
+    host.merges.append((adaptation, set(new)))
     forget_compiled()
     after = first_output(adaptation, check)
     return None if before is None or after is None else float((after - before).abs().max())
+
+
+def in_order(adaptation: Adaptation) -> list[Slot]:
+    """The slots that change weights, so ordered that each finds the weight that it saw in the forward pass.
+
+    What acts at a linear's input acts before the weight and everything added to it, the last of them first: W M₂ M₁ x.
+    """
+    from petiole.attach import HEAD
+
+    slots = [slot for slot in adaptation.slots if slot.number != HEAD]
+    before = [slot for slot in slots if isinstance(slot, HiddenSlot) and slot.site.side == "input"]
+    return [slot for slot in slots if slot not in before] + before[::-1]
 
 
 def fold(adaptation: Adaptation, slot: Slot, new: dict[tuple[str, str], Tensor], onto: str) -> None:
@@ -66,29 +84,35 @@ def fold(adaptation: Adaptation, slot: Slot, new: dict[tuple[str, str], Tensor],
     site, host = slot.site, adaptation.host
     module = host.module(site.path)
     for name, change_of in ((site.parameter, slot.delta.weight), (site.bias, getattr(slot.delta, "bias", None))):
-        if change_of is None or not name:
+        if change_of is None:
             continue
         weight = name == site.parameter
-        own = raw(module, name) if getattr(module, name, None) is not None else None
+        own = raw(module, name) if name and getattr(module, name, None) is not None else None
         if own is None:
-            if change_of(None) is not None:
+            with torch.no_grad():
+                change = change_of(None)
+            if change is not None:
                 raise AttachError(f"{site.key}: there is no bias into which Δb could be merged")
             continue
         whole = new.get((site.path, name))
         if whole is None:
             refuse(adaptation, site.path, name, own, onto)
-            whole = (own if own.is_floating_point() else own.dequantize()).detach().float()
-        part = view(site, whole) if weight else cut(whole[site.expert] if site.expert >= 0 else whole, site.rows)
+            whole = wide(plain(own).detach())
+        part = view(site, whole) if weight else view_bias(site, whole)
         with torch.no_grad():
             change = change_of(part)
         if change is not None:
-            new[site.path, name] = composed(whole, [(site, change.detach().float(), weight)])
+            new[site.path, name] = composed(whole, [(site, change.detach(), weight)])
 
 
 def refuse(adaptation: Adaptation, path: str, name: str, own: Tensor, onto: str) -> None:
     """Say why a tensor must not be overwritten: quantised, or tied to another place that the change isn't meant for."""
-    plain = own.is_floating_point() and type(own) in (Tensor, nn.Parameter)
-    if not plain and onto != "dequantised":
+    module = adaptation.host.module(path)
+    if module._parameters.get(name) is None and module._buffers.get(name) is None:
+        raise AttachError(
+            f"{path}.{name} is computed from other tensors (a parametrisation); remove that before merging"
+        )
+    if not (own.is_floating_point() and type(own) in (Tensor, nn.Parameter)) and onto != "dequantised":
         raise AttachError(f"{path}.{name} is quantised; merge(onto='dequantised') replaces it by a full-size weight")
     model = adaptation.model
     places = [other for other, p in model.named_parameters(remove_duplicate=False) if p is own]
@@ -104,6 +128,12 @@ def unmerge(adaptation: Adaptation) -> None:
 
     if not adaptation.merged:
         raise AttachError(f"{adaptation.name!r} is not merged")
+    host = adaptation.host
+    at = next(i for i, (merged, _) in enumerate(host.merges) if merged is adaptation)
+    for later, tensors in host.merges[at + 1 :]:
+        if tensors & set(adaptation._kept):
+            how = "unmerge that first" if later.merged and later.name in host.adaptations else "and kept for good"
+            raise AttachError(f"{later.name!r} was merged into the same weights after {adaptation.name!r}: {how}")
     with torch.no_grad():
         for (path, name), value in adaptation._kept.items():
             module = adaptation.host.module(path)
@@ -113,6 +143,7 @@ def unmerge(adaptation: Adaptation) -> None:
             else:
                 setattr(module, name, value)
     adaptation._kept.clear()
+    del host.merges[at]
     for slot in adaptation.slots:
         slot.merged = False
     adaptation.merged = False

@@ -12,6 +12,7 @@ import importlib.metadata
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -174,25 +175,40 @@ class Base:
     quantised weights dequantised. `output` is the frozen module's output for these rows during a forward pass."""
 
     def __init__(
-        self, site: Site, module: nn.Module, output: Tensor | None = None, prior: tuple[WeightDelta, ...] = ()
+        self, site: Site, module: nn.Module, output: Tensor | None = None, prior: Sequence[tuple[Site, Any]] | None = ()
     ) -> None:
-        self.site, self.module, self.output, self._prior = site, module, output, prior
+        self.site, self.module, self.output, self.earlier = site, module, output, prior
+
+    @property
+    def _prior(self) -> Sequence[tuple[Site, Any]]:
+        if self.earlier is None:
+            raise AttachError(
+                f"{self.site.key}: what is attached here starts from the weight, which another adaptation changes for some of its rows"
+            )
+        return self.earlier
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in, ...), including earlier deltas on the same site."""
-        weight = read_weight(self.site, self.module)
-        for delta in self._prior:
-            weight = weight + delta.weight(weight)
-        return weight
+        """W (out, in, ...), including what earlier deltas did to the same tensor."""
+        if not self._prior:
+            return read_weight(self.site, self.module)
+        whole = wide(plain(raw(self.module, self.site.parameter)).detach())
+        for site, delta in self._prior:
+            whole = composed(whole, [(site, delta.weight(view(site, whole)), True)])
+        return view(self.site, whole)
 
     @property
     def bias(self) -> Tensor | None:
-        """b (out,) or None, including earlier deltas on the same site."""
-        bias = read_bias(self.site, self.module)
-        for delta in self._prior:
-            bias = add_bias(bias, delta.bias(bias))
-        return bias
+        """b (out,) or None, including what earlier deltas did to the same tensor."""
+        whole = raw(self.module, self.site.bias) if self.site.bias and hasattr(self.module, self.site.bias) else None
+        if not isinstance(whole, Tensor):
+            changes = [delta.bias(None) for site, delta in self._prior if site.rows == self.site.rows]
+            return reduce(add_bias, changes, None)
+        whole = wide(whole.detach()) if self._prior else whole.detach()
+        for site, delta in self._prior:
+            change = delta.bias(view_bias(site, whole))
+            whole = whole if change is None else composed(whole, [(site, change, False)])
+        return view_bias(self.site, whole)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The site's own operation with another weight: x -> y. Linear, embedding or convolution by the site's kind."""
@@ -236,10 +252,19 @@ def raw(module: nn.Module, name: str) -> Tensor:
 
 def read_weight(site: Site, module: nn.Module) -> Tensor:
     """The frozen weight at a site as (out, in, ...). A view of the parameter where the layout allows it."""
-    weight = raw(module, site.parameter)
-    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
-        weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
-    return view(site, weight.detach())
+    return view(site, plain(raw(module, site.parameter)).detach())
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as ordinary numbers: dequantised where it is not."""
+    if weight.is_floating_point() and type(weight) in (Tensor, nn.Parameter):
+        return weight
+    return weight.dequantize() if hasattr(weight, "dequantize") else weight
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: what weights are added up in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def view(site: Site, weight: Tensor) -> Tensor:
@@ -254,13 +279,39 @@ def flipped(site: Site) -> bool:
     return site.transposed or site.kind == "embedding"
 
 
-def read_bias(site: Site, module: nn.Module) -> Tensor | None:
-    """The frozen bias at a site (out,), None where there is none."""
-    bias = raw(module, site.bias) if site.bias and hasattr(module, site.bias) else None
-    if not isinstance(bias, Tensor):
-        return None
-    bias = bias.detach()
+def view_bias(site: Site, bias: Tensor) -> Tensor:
+    """A whole bias tensor as the site sees it: its expert, its rows."""
     return cut(bias[site.expert] if site.expert >= 0 else bias, site.rows)
+
+
+def composed(whole: Tensor, parts: Sequence[tuple[Site, Tensor, bool]]) -> Tensor:
+    """whole + changes, each in its site's layout, rows and expert. The last entry of a part says whether it is the weight."""
+    by_expert: dict[int, list[Tensor]] = {}
+    for site, change, weight in parts:
+        flip, first = weight and flipped(site), 1 if site.expert >= 0 else 0
+        if site.rows:
+            shape = (whole.shape[first + 1 if flip else first], *change.shape[1:])
+            change = add_rows(change.new_zeros(shape), change, site.rows, 0)
+        change = change.transpose(0, 1) if flip else change
+        by_expert.setdefault(site.expert, []).append(change.to(whole.dtype))
+    for change in by_expert.pop(-1, []):
+        whole = whole + change
+    if by_expert:
+        stacked = torch.stack([sum(changes[1:], changes[0]) for changes in by_expert.values()])
+        whole = whole.index_add(0, torch.tensor(list(by_expert), device=whole.device), stacked)
+    return whole
+
+
+def add_rows(y: Tensor, change: Tensor, rows: tuple[tuple[int, int], ...], axis: int) -> Tensor:
+    """Add a change to the features of y (along `axis`) that `rows` name; the change holds just those, in order."""
+    parts, at, used = [], 0, 0
+    for start, stop in rows:
+        parts += [
+            y.narrow(axis, at, start - at),
+            y.narrow(axis, start, stop - start) + change.narrow(axis, used, stop - start),
+        ]
+        at, used = stop, used + stop - start
+    return torch.cat([*parts, y.narrow(axis, at, y.shape[axis] - at)], axis)
 
 
 # --------------------------------------------------------------------------------------------------------------------- methods

@@ -46,7 +46,7 @@ def header(adaptation: Adaptation, folded: bool, state: dict[str, Any]) -> dict[
         "head": any(slot.number == HEAD for slot in adaptation.slots),
         "structure": {key: structure for key, module in adaptation.modules() if (structure := structure_of(module))},
         "state": state,
-        "backbone": adaptation.host.mark,
+        "backbone": adaptation.mark,
     }
 
 
@@ -71,14 +71,14 @@ def load(
         FileError: damaged, altered, of another backbone, of an unknown method or a newer version. The model is as it was.
     """
     from petiole.anatomy import anatomy
-    from petiole.attach import device_of, head_names, host_of, install, originals, plan
+    from petiole.attach import device_of, host_of, install, mark_of, originals, plan
 
     local = pull(str(path)) if str(path).startswith(HUB) else Path(path)
     tensors, about = files.load_adaptation(local)
     methods = [method_of(local, entry) for entry in expect(local, about, "methods", list)]
     host = host_of(model)
     found = found or (host.anatomy if host else anatomy(model))
-    mark = host.mark if host else files.fingerprint(model, exclude=head_names(model, found))
+    mark = mark_of(model, found)
     if not allow_other_backbone:
         differences = files.same_backbone(expect(local, about, "backbone", dict), mark)
         if differences:
@@ -136,7 +136,7 @@ def refill(adaptation: Adaptation, path: Path) -> None:
         raise FileError(
             f"{path}: holds {[m['slug'] for m in about['methods']]} in another configuration than what is attached"
         )
-    differences = files.same_backbone(expect(path, about, "backbone", dict), adaptation.host.mark)
+    differences = files.same_backbone(expect(path, about, "backbone", dict), adaptation.mark)
     if differences:
         raise FileError(f"{path}: made on another backbone: {differences[0]}")
     state, tensors = state_of(path, about, tensors)
