@@ -132,13 +132,13 @@ class Cut:
     Attributes:
         skipped: how many blocks, from the input.
         depths: blocks whose output is kept (all of them where a side network reads them all, else the last one skipped).
-        embedded: whether the first block's input is kept, too.
+        tails: what the blocks return beside their hidden state, tensors left out.
     """
 
     stack: Stack
     skipped: int
     depths: tuple[int, ...]
-    others: dict[int, Callable[[Tensor], Any]] = field(default_factory=dict)
+    tails: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
 
 def cuts(host: Host) -> list[Cut]:
@@ -317,27 +317,25 @@ class Cache:
         return handle.remove
 
     def _record(self, cut: Cut, keys: list[Any]) -> list[Callable[[], None]]:
-        handles = []
-        for depth in cut.depths:
+        whole = cut.skipped == len(cut.stack.blocks)
 
-            def keep(module: nn.Module, args: Any, kwargs: Any, output: Any, depth: int = depth) -> None:
-                h = of_output(output)[0]
-                whole = cut.skipped == len(cut.stack.blocks)
-                if (
-                    not whole
-                    and isinstance(output, (tuple, list))
-                    and any(isinstance(part, Tensor) for part in output[1:])
-                ):
+        def look(depth: int, output: Any) -> None:
+            if isinstance(output, (tuple, list)):
+                if not whole and any(isinstance(part, Tensor) for part in output[1:]):
                     raise TrainingError(
                         f"the cache can't cut {cut.stack.name} here: its blocks hand on more than one tensor"
                     )
-                self._keep(cut, depth, keys, h)
+                cut.tails[depth] = tuple(None if isinstance(part, Tensor) else part for part in output[1:])
+            if depth in cut.depths:
+                self._keep(cut, depth, keys, of_output(output)[0])
 
-            handles.append(
-                self.host.module(cut.stack.blocks[depth].path).register_forward_hook(
-                    keep, with_kwargs=True, prepend=True
-                )
-            )
+        handles = []
+        for depth, block in enumerate(cut.stack.blocks[: cut.skipped]):
+
+            def hook(module: nn.Module, args: Any, output: Any, depth: int = depth) -> None:
+                look(depth, output)
+
+            handles.append(self.host.module(block.path).register_forward_hook(hook, prepend=True))
         return [handle.remove for handle in handles]
 
     def _keep(self, cut: Cut, depth: int, keys: list[Any], h: Tensor) -> None:
@@ -356,7 +354,8 @@ class Cache:
 
             def forward(*args: Any, depth: int = depth, **kwargs: Any) -> Any:
                 h = of_input(args, kwargs)[0]
-                return self._kept(cut, depth, keys, h) if depth in cut.depths else h
+                h = self._kept(cut, depth, keys, h) if depth in cut.depths else h
+                return (h, *cut.tails[depth]) if depth in cut.tails else h
 
             module.__dict__["forward"] = forward
             undo.append(lambda module=module: module.__dict__.pop("forward", None))  # type: ignore[misc]

@@ -135,7 +135,9 @@ class AddFactors(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor, again: Again | None, options: list[Any], *tensors: Tensor
     ) -> Tensor:
         kind = y.dtype
-        inputs, outputs = x.detach().reshape(-1, x.shape[-1]), y.detach().view(-1, y.shape[-1])
+        inputs = x.detach().reshape(-1, x.shape[-1])
+        result = y.data  # y's memory under a new tensor: y itself may be a view, whose change in place autograd would copy
+        outputs = result.view(-1, y.shape[-1])
         inputs = inputs.to(kind)
         inner = []
         with torch.autocast(x.device.type, enabled=False):
@@ -149,10 +151,9 @@ class AddFactors(torch.autograd.Function):
                 if bias is not None:
                     part.add_(bias.to(kind))
                 inner.append(low)
-        ctx.mark_dirty(y)
         ctx.again, ctx.options, ctx.shape, ctx.dtype = again, options, x.shape, x.dtype
         ctx.save_for_backward(weight, None if again is not None else inputs, *inner, *tensors)
-        return y
+        return result
 
     @staticmethod
     @once_differentiable
