@@ -54,6 +54,7 @@ class Site:
         repeats: how often the block runs in one forward pass.
         core: for attention, the innermost module that runs it: the one that Transformers' attention functions are given.
         heads, key_value_heads, head_size: for attention, 0 if unknown.
+        kernel, groups: of a convolution; () and 1 elsewhere.
     """
 
     role: str
@@ -79,6 +80,8 @@ class Site:
     heads: int = 0
     key_value_heads: int = 0
     head_size: int = 0
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def key(self) -> str:

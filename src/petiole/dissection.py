@@ -599,7 +599,8 @@ class Dissection:
             own: dict[str, Any] = {"called": False, "caller": leaf.path, **self.tensors(leaf)}
             self.put(role or "linear", leaf.path, "parameter", leaf.inputs, leaf.outputs, within, **own)
         elif leaf.kind == "conv":
-            self.put(role or "conv", leaf.path, "conv", leaf.inputs, leaf.outputs, within, **self.tensors(leaf))
+            more = {**self.tensors(leaf), **leaf.convolution}
+            self.put(role or "conv", leaf.path, "conv", leaf.inputs, leaf.outputs, within, **more)
         elif leaf.kind == "embedding":
             self.put(role or embedding_role(leaf), leaf.path, "embedding", leaf.inputs, leaf.outputs, within, bias="")
 

@@ -23,6 +23,13 @@ class Leaf:
     transposed: bool = False
 
     @property
+    def convolution(self) -> dict[str, Any]:
+        """What a site says of a convolution, besides its sizes; {} elsewhere."""
+        if self.kind != "conv":
+            return {}
+        return {"kernel": tuple(self.module.kernel_size), "groups": self.module.groups}  # type: ignore[arg-type]
+
+    @property
     def weights(self) -> int:
         """Roughly, how many matrices it holds."""
         return {"linear": 1, "conv": 1, "packed": 2, "mha": 2}.get(self.kind, 0)

@@ -534,7 +534,7 @@ class Outside:
         names = norm_tensors(leaf) if leaf.kind == "norm" else {"bias": "bias" if has_bias(leaf.module) else ""}
         called: dict[str, Any] = {"called": False, "caller": leaf.path} if leaf.kind == "router" else {}
         site = Site(role, "", -1, 0, "", leaf.path, leaf.path, "output", kind, leaf.inputs, leaf.outputs)
-        self.sites.append(replace(site, transposed=leaf.transposed, **names, **called))
+        self.sites.append(replace(site, transposed=leaf.transposed, **names, **called, **leaf.convolution))
 
     @staticmethod
     def is_patch(leaf: Leaf) -> bool:

@@ -17,13 +17,11 @@ class Factors(WeightDelta):
     A convolution's A is a kernel of the same size to `rank` channels, its B a 1x1 one back.
 
     Args:
-        site: gives the sizes; for a convolution, `kernel` too.
+        site: gives the sizes. A convolution in groups has no such factors: that is for the method to refuse.
         rank: inner width r.
         scale: factor on B A.
         dropout: on the input x, in training.
         train_bias: also learn Δb (out,), zero at start.
-        kernel: of a convolution, () otherwise.
-        groups: of a convolution; A then sees in / groups channels only where groups is 1, so more are refused by the method.
     """
 
     def __init__(
@@ -33,12 +31,11 @@ class Factors(WeightDelta):
         scale: float,
         dropout: float = 0.0,
         train_bias: bool = False,
-        kernel: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.kind, self.scale, self.rank = site.kind, scale, rank
         self.dropout = nn.Dropout(dropout) if dropout else None
-        self.A = nn.Parameter(torch.empty(rank, site.in_features, *kernel))  # (r, in, *kernel)
+        self.A = nn.Parameter(torch.empty(rank, site.in_features, *site.kernel))  # (r, in, *kernel)
         self.B = nn.Parameter(torch.empty(site.out_features, rank))  # (out, r)
         self.delta_bias = nn.Parameter(torch.empty(site.out_features)) if train_bias else None
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from petiole.anatomy import Anatomy
+from petiole.errors import AttachError
 from petiole.method import Layers, Method, Place, layers_field
 from petiole.methods.full.names import biases
 from petiole.methods.lowrank.factors import Factors
@@ -54,6 +55,10 @@ class LoRA(Method):
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         for site in anatomy.sites(self.roles, self.layers):
+            if site.groups > 1:
+                raise AttachError(
+                    f"lora: {site.key} is a convolution in {site.groups} groups, whose kernel has no factors B A"
+                )
             adapted = self.bias == "adapted" and bool(site.bias)
             yield Place(site, Factors(site, self.rank, self.scaling, self.dropout, train_bias=adapted))
 
