@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from petiole.anatomy import Site
+from petiole.dissection import in_experts
 from petiole.errors import TrainingError
 from petiole.junction import Slot, of_output
 
@@ -105,7 +107,7 @@ class Proof:
         methods = adaptation.methods
         idle = [bool(method.idles) for method in methods]
         self.units = [
-            Unit(s.site.key, trainable(s.delta.parameters()), s.number >= 0 and idle[s.number], s)
+            Unit(s.site.key, trainable(s.delta.parameters()), (s.number >= 0 and idle[s.number]) or chosen(s.site), s)
             for s in adaptation.slots
         ]
         for number, module in adaptation.shared.items():
@@ -142,7 +144,8 @@ class Proof:
                 raise TrainingError(f"the gradient of {unit.label} is not finite")
         if without:
             raise TrainingError(
-                f"without a gradient: {some(without)}; the loss does not depend on it, or a graph was cut on the way"
+                f"without a gradient: {some(without)}; the loss does not depend on it, or a graph was cut on the way\n"
+                "leave these sites out: layers=…, or roles of one stack alone, such as roles=['decoder:q']"
             )
 
     def mark(self) -> None:
@@ -172,6 +175,11 @@ class Proof:
             if marks and not unit.idles and all(torch.equal(now(p, index), value) for p, index, value in marks):
                 found.append(unit)
         return found
+
+
+def chosen(site: Site) -> bool:
+    """Whether tokens choose this site, so that a batch may well pass it by: one expert of several."""
+    return site.expert >= 0 or in_experts(site.path)
 
 
 def trainable(parameters: Any) -> list[nn.Parameter]:

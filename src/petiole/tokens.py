@@ -53,6 +53,9 @@ def text_entry(root: nn.Module, path: str) -> str | None:
 class TokenSlot(Slot):
     """One delta's tokens: inserted at the lowest depth of its stack, replacing the earlier ones at a higher depth."""
 
+    text = False  # whether they enter before a model that embeds token ids
+    runs = 1  # of the module after which they are taken away, until that is done
+
     def points(self) -> Iterator[Point]:
         host, site = self.host, self.site
         stack = host.anatomy.stack(site.stack)
@@ -77,6 +80,8 @@ class TokenSlot(Slot):
                 yield Point(reader, "before", "lengthen")
             if not readers:
                 # A decoder may shape its output by the length it was given; an encoder may pool its first token.
+                # Where weights are shared over depth, the last block runs several times, and the tokens stay until its last run.
+                self.runs = 1 if stack.causal else max(s.repeats for s in blocks[-1].sites)
                 yield Point(entry if stack.causal else blocks[-1].path, "after", "strip")
         else:
             yield Point(site.path, "before", "insert", owns=True)
@@ -119,7 +124,7 @@ class TokenSlot(Slot):
             raise AttachError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
         if seen == 0:
             kwargs["inputs_embeds"] = torch.cat([self.tokens(source), source], 1)
-        self.hold(seen == 0)
+        self.hold(self.runs if seen == 0 else 0)
         self.lengthen_masks(kwargs, source, seen)
         return (), kwargs
 
@@ -166,22 +171,24 @@ class TokenSlot(Slot):
                 f"input tokens need hidden states (batch, tokens, width); {type(module).__name__} gets {tuple(h.shape)}"
             )
         args, kwargs = put(torch.cat([self.tokens(h), h], 1))
-        self.hold(True)
-        return args, self.widened(kwargs)
+        self.hold(1)
+        return self.widened(module, args, kwargs)
 
     def widen(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs]:
-        return args, self.widened(kwargs)
+        return self.widened(module, args, kwargs)
 
-    def widened(self, kwargs: Kwargs) -> Kwargs:
+    def widened(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Masks over patches see the extra tokens; rotary tables turn them by nothing."""
         length = self.length
-        mask = kwargs.get("attention_mask")
+        names = [n for n in parameters_of(module) if n != "self"]
+        place = names.index("attention_mask") if "attention_mask" in names else len(args)
+        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
         if isinstance(mask, Tensor):
-            seen = True if mask.dtype == torch.bool else (0.0 if mask.is_floating_point() and mask.ndim == 4 else 1)
-            mask = torch.cat([mask.new_full((*mask.shape[:-1], length), seen), mask], -1)
-            if mask.ndim == 4 and mask.shape[-2] > 1:
-                mask = torch.cat([mask.new_full((*mask.shape[:-2], length, mask.shape[-1]), seen), mask], -2)
-            kwargs = {**kwargs, "attention_mask": mask}
+            mask = self.wider_mask(mask)
+            if place < len(args):
+                args = (*args[:place], mask, *args[place + 1 :])
+            else:
+                kwargs = {**kwargs, "attention_mask": mask}
         tables = kwargs.get("position_embeddings")
         if isinstance(tables, tuple) and len(tables) == 2:
             cos, sin = tables
@@ -193,7 +200,22 @@ class TokenSlot(Slot):
                     torch.cat([sin.new_zeros(shape), sin], -2),
                 ),
             }
-        return kwargs
+        return args, kwargs
+
+    def wider_mask(self, mask: Tensor) -> Tensor:
+        """A mask (B, T) or (B, 1, T or 1, T) with the extra tokens in front: every token sees them; in a causal stack they see one
+        another from the first on, and nothing of what follows."""
+        length, added = self.length, mask.is_floating_point() and mask.ndim == 4
+        seen = True if mask.dtype == torch.bool else (0.0 if added else 1)
+        mask = torch.cat([mask.new_full((*mask.shape[:-1], length), seen), mask], -1)
+        if mask.ndim < 4 or mask.shape[-2] == 1:
+            return mask
+        front = mask.new_full((*mask.shape[:-2], length, mask.shape[-1]), seen)
+        if self.host.anatomy.stack(self.site.stack).causal:
+            later = torch.ones(length, mask.shape[-1], dtype=torch.bool, device=mask.device).triu(1)
+            hidden = False if mask.dtype == torch.bool else (torch.finfo(mask.dtype).min if added else 0)
+            front = front.masked_fill(later, hidden)
+        return torch.cat([front, mask], -2)
 
     # ---- both
 
@@ -212,7 +234,11 @@ class TokenSlot(Slot):
         return bool(value)
 
     def strip(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        if not self.release():
+        runs = self.release()
+        if not runs:
+            return output
+        if runs > 1:  # the block's last run is still to come
+            self.hold(runs - 1)
             return output
         h, put = of_output(output)
         return put(h[:, self.length :])

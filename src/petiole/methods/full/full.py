@@ -49,6 +49,13 @@ class LinearProbe(Method):
     identity_at_start: ClassVar[bool] = True
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
 
+    def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
+        if not anatomy.heads():
+            raise AttachError(
+                f"linear-probe: {anatomy.model_class} has no task head (a language-model head is none); bitfit or lora may fit"
+            )
+        return ()
+
 
 class BitFit(Method):
     """Train the biases."""

@@ -42,7 +42,10 @@ class PrefixTuning(Method):
     layers: Layers = layers_field()
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        for site, keys in self.attentions(anatomy):
+        attentions = list(self.attentions(anatomy))
+        if not attentions:
+            raise AttachError(f"prefix-tuning: {anatomy.model_class} has no attention, which is what it acts in")
+        for site, keys in attentions:
             if self.reparametrisation == "mlp":
                 yield Place(
                     site, Generated(self.length, keys, self.dropout, self.hidden_size, f"{site.stack}_{site.role}")

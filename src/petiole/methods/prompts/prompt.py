@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import takewhile
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from petiole.anatomy import Anatomy, Block, Site
-from petiole.errors import AttachError
+from petiole.anatomy import Anatomy, Block, Site, Stack
+from petiole.errors import AnatomyError, AttachError
 from petiole.method import Base, Method, Moment, Place, TokenDelta
 
 
@@ -45,19 +46,28 @@ class PromptTuning(Method):
     )
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+        stack, embedding = self.entry(anatomy)
+        yield Place(whole(stack.blocks[0]), Prompt(self.length, embedding.out_features))
+
+    def entry(self, anatomy: Anatomy) -> tuple[Stack, Site]:
+        """The stack that the tokens join, and what embeds its own."""
         embeddings = [site for site in anatomy.outside if site.role == "embedding"]
         if not embeddings:
             raise AttachError(
                 f"prompt-tuning: {anatomy.model_class} embeds no tokens; vpt puts prompts before image and audio patches"
             )
-        stack = anatomy.stack(self.stack) if self.stack else anatomy.stacks[0]
-        yield Place(whole(stack.blocks[0]), Prompt(self.length, embeddings[0].out_features))
+        if self.stack is None:
+            return beside(anatomy, embeddings[0]), embeddings[0]
+        stack = anatomy.stack(self.stack)
+        return stack, max(embeddings, key=lambda site: common(site.path, stack.containers[0]))
 
     def on_attach(self, moment: Moment) -> None:
         """Copy the embeddings of random tokens into the prompt."""
         if self.init != "vocabulary":
             return
-        table = moment.model.get_input_embeddings().weight  # type: ignore[operator]
+        host = next(iter(moment.deltas.values())).host
+        embedding = self.entry(host.anatomy)[1]
+        table = getattr(host.module(embedding.path), embedding.parameter)
         generator = torch.Generator().manual_seed(moment.seed)
         for delta in moment.deltas.values():
             if isinstance(delta, Prompt) and table.device.type != "meta" and table.shape[1] == delta.tokens.shape[1]:
@@ -80,17 +90,48 @@ class VisualPromptTuning(Method):
     length: int = Field(10, ge=1, description="Number of learned tokens (per block, if deep).")
     deep: bool = Field(True, description="New tokens at every block, instead of at the first alone.")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the tokens, in training.")
-    stack: str | None = Field(None, description="The stack whose input they join; the main one if None.")
+    stack: str | None = Field(
+        None, description="The stack whose input they join; the main one if None, or that beside the patch embedding."
+    )
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        stack = anatomy.stack(self.stack)
+        stack = self.entry(anatomy)
         for block in stack.blocks if self.deep else stack.blocks[:1]:
-            yield Place(whole(block), Prompt(self.length, block.hidden_size, self.dropout, patch=True))
+            size = first_width(anatomy, stack) if block.depth == 0 else block.hidden_size
+            yield Place(whole(block), Prompt(self.length, size, self.dropout, patch=True))
+
+    def entry(self, anatomy: Anatomy) -> Stack:
+        """The stack that the tokens join. Two towers have no main stack; images then go where patches are embedded."""
+        patches = [site for site in anatomy.outside if site.role == "patch_embedding"]
+        try:
+            return anatomy.stack(self.stack)
+        except AnatomyError:
+            if self.stack is not None or len(patches) != 1:
+                raise
+            return beside(anatomy, patches[0])
 
 
 def whole(block: Block) -> Site:
     """The input of a block."""
     return next(site for site in block.sites if site.role == "block").at("input")
+
+
+def common(one: str, other: str) -> int:
+    """How many names two module paths have in common at their beginning."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def beside(anatomy: Anatomy, site: Site) -> Stack:
+    """The stack that an embedding feeds: the first of those nearest to it in the tree of modules."""
+    return max(anatomy.stacks, key=lambda stack: common(site.path, stack.containers[0]))
+
+
+def first_width(anatomy: Anatomy, stack: Stack) -> int:
+    """Width of what enters a stack: of the token embeddings where it reads tokens alone, which a model may project to its own width."""
+    embeddings = [site for site in anatomy.outside if site.role == "embedding" and beside(anatomy, site) is stack]
+    patches = [site for site in anatomy.outside if site.role == "patch_embedding" and beside(anatomy, site) is stack]
+    return embeddings[0].out_features if embeddings and not patches else stack.blocks[0].hidden_size
 
 
 class Prompt(TokenDelta):
