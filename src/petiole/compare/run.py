@@ -1,0 +1,361 @@
+"""The comparison itself: for every row a search, a measurement of its cost, and repeated runs; then the table.
+
+Everything that a trial depends on is in its key. A trial that is on the disk is not run again, so an interrupted comparison goes on where
+it was, and a finished one only writes its report anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petiole import files
+from petiole.compare.bench import Bench
+from petiole.compare.contenders import BARE, BASELINES, Contender, contenders, fitting
+from petiole.compare.results import Kind, Results, Trial, alone, settle
+from petiole.compare.search import Proposal, Search, best
+from petiole.compare.settings import SEARCH_SEED, Settings
+from petiole.compare.table import Row, axes, ranked, spread
+from petiole.compare.watch import Watch
+from petiole.method import Method
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison.
+
+    Attributes:
+        rows: from best to worst.
+        metric, title, higher_is_better, percent: of the scores.
+        settings, identity: what was asked for, and everything that the trials depended on.
+        about: model, data and sizes in words. notes: what was decided on the way.
+        trials: how many are in the folder's file; repeated: how many of them were there before.
+    """
+
+    folder: Path
+    rows: list[Row]
+    metric: str
+    title: str
+    higher_is_better: bool
+    percent: bool
+    settings: Settings
+    identity: dict[str, Any]
+    command: str
+    about: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    trials: int = 0
+    repeated: int = 0
+
+    def row(self, label: str) -> Row:
+        """One row by its label."""
+        return next(row for row in self.rows if row.label == label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "axes": list(self.settings.axes),
+            "front": [row.label for row in self.rows if row.front],
+            "rows": [row.to_dict() for row in self.rows],
+            "notes": self.notes,
+            "about": self.about,
+            "settings": self.settings.model_dump(mode="json"),
+            "identity": self.identity,
+            "command": self.command,
+            "folder": str(self.folder),
+            "trials": self.trials,
+        }
+
+
+def compare(
+    model: str,
+    data: str,
+    methods: str | Sequence[str | Method | Sequence[Method]] | None = None,
+    *,
+    output: str | Path,
+    watch: Watch | None = None,
+    retry: bool = False,
+    command: str | None = None,
+    **options: Any,
+) -> Comparison:
+    """Compare methods on one backbone and one data set, side by side and fairly. Goes on with what is in `output`.
+
+    Args:
+        model, data, options: see `Settings`.
+        methods: slugs such as "lora,houlsby:bottleneck=8", method objects, or lists of those that act together; the baselines if None.
+            The bare backbone and full fine-tuning are always among the rows.
+        output: the folder of the run: trials, table, plots, report, adaptations.
+        watch: what is told of progress; nobody if None.
+        retry: run the trials again that failed.
+        command: what the report says to type; made from the settings if None.
+
+    Returns:
+        Table, fronts and figures. The report is in the folder.
+
+    Raises:
+        ConfigError, DataError, FileError: something is wrong with what was asked for, or the folder holds another run.
+    """
+    rows = contenders(methods)
+    if methods is not None:
+        options["methods"] = tuple(row.label for row in rows[2:])
+    settings = Settings(model=model, data=data, **options)
+    folder = Path(output)
+    watch = watch or Watch()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    bench = Bench(settings, folder)
+    command = command or settings.command(str(output))
+    files.check_writable(folder)
+    with alone(folder):
+        settle(folder, bench.identity, settings.asked, command)
+        gc.collect()
+        gc.freeze()  # each trial ends with a collection, which must not go through all that was loaded again and again
+        try:
+            made = Round(bench, rows, Results(folder, retry), watch).go()
+        finally:
+            gc.unfreeze()
+            watch.close()
+        result = replace(made, command=command)
+        from petiole.compare.report import write
+
+        write(result)
+    return result
+
+
+class Round:
+    """One pass over all rows.
+
+    Args:
+        bench: runs trials. rows: who takes part. results: what is on the disk. watch: is told.
+    """
+
+    def __init__(self, bench: Bench, rows: list[Contender], results: Results, watch: Watch) -> None:
+        self.bench, self.settings, self.task = bench, bench.settings, bench.task
+        self.results, self.watch = results, watch
+        self.notes = [*bench.data.notes, *bench.task.notes]
+        self.repeated = 0
+        self.rows: list[Contender] = []
+        self.unfit: dict[str, str] = {}
+        for row, reason in fitting(rows, bench.backbone, bench.anatomy):
+            if reason and not row.asked:
+                self.notes.append(f"{row.label} was left out: {' '.join(reason.split())}")
+                continue
+            self.rows.append(row)
+            if reason:
+                self.unfit[row.label] = " ".join(reason.split())
+        from petiole.tasks import METRICS
+
+        metric = METRICS[self.task.main_metric]
+        self.metric, self.title, self.higher = metric.name, metric.title, metric.higher_is_better
+        self.percent = metric.highest == 1.0
+
+    def go(self) -> Comparison:
+        plan = [(row.label, self.settings.trials if row.trains else 0, self.settings.seeds) for row in self.rows]
+        self.watch.begin(plan, self.metric, self.percent, self.higher)
+        for note in self.notes:
+            self.watch.note(note)
+        if self.results.torn:
+            self.watch.note("the last row of trials.jsonl was cut short: that trial is run again")
+        made = [self.row(row) for row in self.rows]
+        table = ranked([self.unchanged(row, trials) for row, trials in made], axes(self.settings.axes), self.higher)
+        bench = self.bench
+        return Comparison(
+            folder=bench.folder,
+            rows=table,
+            metric=self.metric,
+            title=self.title,
+            higher_is_better=self.higher,
+            percent=self.percent,
+            settings=self.settings,
+            identity=bench.identity,
+            command="",
+            about={
+                "model": self.settings.model,
+                "class": type(bench.backbone).__name__,
+                "data": str(bench.data).splitlines()[0],
+                "steps": bench.steps,
+                "forgetting": bench.forgetting.description if bench.forgetting else None,
+                "forgetting_before": bench.forgetting.before if bench.forgetting else None,
+            },
+            notes=[*self.notes, *self.edges(table)],
+            trials=len(self.results.by_key),
+            repeated=self.repeated,
+        )
+
+    # ---- one row
+
+    def row(self, contender: Contender) -> tuple[Row, list[Trial]]:
+        """Search, measure, repeat."""
+        seeds = list(self.settings.run_seeds)
+        if contender.label in self.unfit:
+            self.watch.skip(contender.label, self.settings.trials + 1 + len(seeds), self.unfit[contender.label])
+            return self.gathered(contender, [], None, None, [self.unfit[contender.label]]), []
+        tuned, chosen = self.search(contender) if contender.trains else ([], None)
+        if contender.trains and chosen is None:
+            reason = f"all {len(tuned)} trials failed; the first: {tuned[0].reason}"
+            self.watch.skip(contender.label, 1 + len(seeds), reason)
+            return self.gathered(contender, tuned, None, None, [reason]), []
+        size = chosen.size if chosen is not None else None
+        cost = self.once("cost", contender, 0, SEARCH_SEED, None, size, lambda: self.bench.cost(contender, size))
+        rate = chosen.learning_rate if chosen is not None else None
+        runs: list[Trial] = []
+        for i, seed in enumerate(seeds):
+
+            def run(i: int = i, seed: int = seed) -> Trial:
+                return self.bench.run(contender, i, seed, chosen, self.watch.step)
+
+            runs.append(self.once("run", contender, i, seed, rate, size, run))
+        faults = [
+            f"trial {t.number + 1} (learning rate {t.learning_rate:.2g}): {t.reason}" for t in tuned if not t.done
+        ]
+        faults += [f"seed {t.seed}: {t.reason}" for t in runs if not t.done]
+        faults += [f"cost: {cost.reason}"] if not cost.done else []
+        return self.gathered(contender, tuned, chosen, cost, faults, runs), runs
+
+    def search(self, contender: Contender) -> tuple[list[Trial], Proposal | None]:
+        """All trials of a row's search, and the best proposal."""
+        sizes = contender.sizes if self.settings.size_search else ()
+        search = Search(
+            contender.label,
+            contender.learning_rates,
+            sizes,
+            contender.size,
+            higher_is_better=self.higher,
+            seed=SEARCH_SEED,
+        )
+        trials: list[Trial] = []
+        scored: list[tuple[Proposal, float | None]] = []
+        for _ in range(self.settings.trials):
+            p = search.ask()
+
+            def tune(p: Proposal = p) -> Trial:
+                return self.bench.tune(contender, p, self.watch.step)
+
+            trial = self.once("tune", contender, p.number, SEARCH_SEED, p.learning_rate, p.size, tune)
+            value = trial.score("validation", self.metric) if trial.done else None
+            search.tell(value)
+            trials.append(trial)
+            scored.append((p, value))
+        return trials, best(scored, self.higher)
+
+    def once(
+        self,
+        kind: Kind,
+        contender: Contender,
+        number: int,
+        seed: int,
+        rate: float | None,
+        size: int | None,
+        make: Callable[[], Trial],
+    ) -> Trial:
+        """A trial from the disk, or run and written."""
+        trial = self.results.get(self.bench.key(kind, contender, seed, rate, size))
+        known = trial is not None
+        if trial is None:
+            self.watch.trial(contender.label, kind, number, rate)
+            trial = make()
+            self.results.add(trial)
+        self.repeated += known
+        self.watch.end(trial, known)
+        return trial
+
+    def edges(self, rows: Sequence[Row]) -> list[str]:
+        """A remark on rows whose best learning rate lies at the edge of what was searched."""
+        at = {"upper": list[str](), "lower": list[str]()}
+        for row in rows:
+            contender = next(c for c in self.rows if c.label == row.label)
+            if row.learning_rate is not None:
+                low, high = contender.learning_rates
+                share = math.log(row.learning_rate / low) / math.log(high / low)
+                if share > 0.9 or share < 0.1:
+                    at["upper" if share > 0.5 else "lower"].append(row.label)
+        return [
+            f"the best learning rate lies at the {edge} end of the method's range, so a search beyond it may find a better one: {', '.join(labels)}"
+            for edge, labels in at.items()
+            if labels
+        ]
+
+    # ---- what came of it
+
+    def gathered(
+        self,
+        contender: Contender,
+        tuned: list[Trial],
+        chosen: Proposal | None,
+        cost: Trial | None,
+        notes: list[str],
+        runs: Sequence[Trial] = (),
+    ) -> Row:
+        """A row of the table from its trials; rank and fronts come later."""
+        done = [trial for trial in runs if trial.done]
+        scores = [value for trial in done if (value := trial.score("test", self.metric)) is not None]
+        mean, sd = spread(scores)
+        costs = cost.cost if cost is not None else {}
+        forgotten = [t.forgetting["after"] - t.forgetting["before"] for t in done if t.forgetting]
+        trained = contender.trains
+        bytes_of = next((trial.file_bytes for trial in done if trial.file_bytes), None)
+        return Row(
+            label=contender.label,
+            family=contender.family,
+            config=contender.config(chosen.size if chosen else None),
+            scores=scores,
+            mean=mean,
+            sd=sd,
+            validation=next(
+                (t.score("validation", self.metric) for t in tuned if chosen and t.number == chosen.number), None
+            ),
+            learning_rate=chosen.learning_rate if chosen else None,
+            size=(chosen.size if chosen and chosen.size is not None else contender.size) if trained else None,
+            trials=len(tuned),
+            failed_trials=sum(not trial.done for trial in tuned),
+            seeds=len(done),
+            failed_seeds=len(runs) - len(done),
+            trainable_parameters=costs.get("trainable_parameters") if trained else 0,
+            head_parameters=costs.get("head_parameters") if trained else 0,
+            backbone_parameters=costs["total_parameters"] - costs["deltas_parameters"] if costs else None,
+            file_bytes=(bytes_of or costs.get("checkpoint_bytes")) if trained else 0,
+            training_flops=costs["step_flops"] * self.bench.steps if costs and trained else 0 if costs else None,
+            saved_bytes=costs.get("saved_bytes") if trained else None,
+            peak_bytes=costs.get("peak_bytes") if trained else None,
+            step_seconds=min((t.step_seconds for t in (*tuned, *runs) if t.step_seconds), default=None),
+            forward_seconds=costs.get("forward_seconds"),
+            run_seconds=spread([trial.seconds for trial in done])[0] if trained else None,
+            total_seconds=sum(trial.wall_seconds for trial in (*tuned, *runs, *([cost] if cost else []))),
+            forgetting=spread(forgotten)[0],
+            curve=averaged([trial.losses for trial in done]),
+            course=averaged([trial.course for trial in done]),
+            notes=notes,
+            reference=contender.label == BARE,
+        )
+
+    def unchanged(self, row: Row, runs: Sequence[Trial]) -> Row:
+        """Say so where a method left the outputs exactly as the bare backbone gives them."""
+        if row.reference or not runs or not all(trial.done for trial in runs):
+            return row
+        bare = Contender(BARE)
+        for trial in runs:
+            reference = self.results.get(self.bench.key("run", bare, trial.seed))
+            if reference is None or not reference.outputs or reference.outputs != trial.outputs:
+                return row
+        return replace(
+            row, notes=["changed nothing: its outputs are those of the bare backbone, bit for bit", *row.notes]
+        )
+
+
+def averaged(curves: Sequence[list[list[float]]]) -> list[list[float]]:
+    """Curves over the same steps -> their mean, at the steps that all have."""
+    if not curves:
+        return []
+    common = set.intersection(*({point[0] for point in curve} for curve in curves))
+    values: list[dict[Any, float]] = [dict(curve) for curve in curves]  # type: ignore[arg-type]
+    return [[step, sum(v[step] for v in values) / len(values)] for step in sorted(common)]
+
+
+__all__ = ["BASELINES", "Comparison", "compare"]
