@@ -79,25 +79,44 @@ def _clip(changes: Fields) -> nn.Module:
 
     vision = {k: v for k, v in _IMAGE.items() if k not in ("num_labels", *_NO_DROPOUT)}
     text = {**_TEXT, "max_position_embeddings": 16}
-    return t.CLIPModel(t.CLIPConfig(text_config={**text, **changes}, vision_config={**vision, **changes}, projection_dim=16))
+    return t.CLIPModel(
+        t.CLIPConfig(text_config={**text, **changes}, vision_config={**vision, **changes}, projection_dim=16)
+    )
 
 
 def _llava(changes: Fields) -> nn.Module:
     import transformers as t
 
     vision = t.CLIPVisionConfig(**{k: v for k, v in _IMAGE.items() if k not in ("num_labels", *_NO_DROPOUT)})
-    config = t.LlavaConfig(text_config=t.LlamaConfig(**{**_GROUPED, **changes}), vision_config=vision, image_token_index=3)
+    config = t.LlavaConfig(
+        text_config=t.LlamaConfig(**{**_GROUPED, **changes}), vision_config=vision, image_token_index=3
+    )
     return t.LlavaForConditionalGeneration(config)
 
 
 def _torch_encoder(changes: Fields) -> nn.Module:
-    fields = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "dropout": 0.0, "batch_first": True, "num_layers": 2, **changes}
+    fields = {
+        "d_model": 32,
+        "nhead": 4,
+        "dim_feedforward": 64,
+        "dropout": 0.0,
+        "batch_first": True,
+        "num_layers": 2,
+        **changes,
+    }
     layers = fields.pop("num_layers")
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(**fields), layers)
 
 
 def _torch_seq2seq(changes: Fields) -> nn.Module:
-    fields = {"d_model": 32, "nhead": 4, "num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 64, "dropout": 0.0}
+    fields = {
+        "d_model": 32,
+        "nhead": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "dim_feedforward": 64,
+        "dropout": 0.0,
+    }
     return nn.Transformer(**{**fields, "batch_first": True, **changes})
 
 
@@ -122,7 +141,15 @@ def _unet(changes: Fields) -> nn.Module:
 def _timm(changes: Fields) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    fields = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "num_classes": 3}
+    fields = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "num_classes": 3,
+    }
     return VisionTransformer(**{**fields, **changes})
 
 
@@ -142,7 +169,14 @@ _DEEPSEEK: Fields = {
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 _DEBERTA: Fields = {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
-_SWIN: Fields = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "num_heads": [2, 4], "window_size": 2, "num_labels": 3}
+_SWIN: Fields = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "num_labels": 3,
+}
 _FALCON: Fields = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -322,7 +356,9 @@ def _image_alone(size: int, generator: torch.Generator) -> dict[str, Any]:
 
 def _image_and_text(size: int, generator: torch.Generator) -> dict[str, Any]:
     text = _text(size, generator)
-    text["input_ids"][torch.arange(size), text["attention_mask"].sum(1) - 1] = 2  # the token at which the text is pooled
+    text["input_ids"][torch.arange(size), text["attention_mask"].sum(1) - 1] = (
+        2  # the token at which the text is pooled
+    )
     return {**text, **_images(size, generator), "return_loss": True}
 
 
@@ -355,7 +391,10 @@ def _hidden_states(size: int, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _two_hidden_states(size: int, generator: torch.Generator) -> dict[str, Any]:
-    return {"src": torch.randn(size, LENGTH, 32, generator=generator), "tgt": torch.randn(size, 5, 32, generator=generator)}
+    return {
+        "src": torch.randn(size, LENGTH, 32, generator=generator),
+        "tgt": torch.randn(size, 5, 32, generator=generator),
+    }
 
 
 def _latents_of_class(size: int, generator: torch.Generator) -> dict[str, Any]:
@@ -365,4 +404,8 @@ def _latents_of_class(size: int, generator: torch.Generator) -> dict[str, Any]:
 
 def _latents_of_text(size: int, generator: torch.Generator) -> dict[str, Any]:
     latents = torch.randn(size, 4, 8, 8, generator=generator)
-    return {"sample": latents, "timestep": torch.arange(size) * 10 + 1, "encoder_hidden_states": torch.randn(size, 5, 12, generator=generator)}
+    return {
+        "sample": latents,
+        "timestep": torch.arange(size) * 10 + 1,
+        "encoder_hidden_states": torch.randn(size, 5, 12, generator=generator),
+    }

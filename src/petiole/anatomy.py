@@ -362,7 +362,8 @@ def anatomy(
     """Find the stacks, blocks, roles and sites of a model. Runs nothing, reads no value.
 
     Args:
-        stacks: name -> path of the list of blocks, for stacks that can't be inferred. Only these are then looked at.
+        stacks: name -> path of the list of blocks (several with commas, where stages stand side by side), for stacks that can't be inferred.
+            Only these are then looked at.
         roles: role -> path inside a block (or from the root, for roles outside the stacks) of the module that plays it. For `attention`
             and `ffn`, "entry -> exit" names two modules.
 

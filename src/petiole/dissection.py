@@ -495,7 +495,7 @@ class Dissection:
         entry = leave = root
         if not root:
             entry, leave = ups[0].path.partition(".")[0], downs[-1].path
-        elif normed and len(downs) == 1:
+        elif len(downs) == 1 and (normed or adds_residual(type(self.get(root)))):
             leave = downs[0].path
             if len(ups) == 1 and self.norm_before(root, ups[0]):
                 entry = ups[0].path
@@ -564,6 +564,13 @@ class Dissection:
     def tensors(self, leaf: Leaf) -> dict[str, Any]:
         return {"parameter": "weight", "bias": "bias" if has_bias(leaf.module) else ""}
 
+    def lent(self, leaf: Leaf) -> dict[str, Any]:
+        """In a mixer: whether its owner hands the weight to a scan or a kernel instead of calling the module, at least on one of its ways."""
+        owner = parent(leaf.path)
+        if self.where.get(leaf) != "mixer" or role_name(leaf) not in weights_used(type(self.get(owner))):
+            return {}
+        return {"called": False, "caller": owner}
+
     def leaf(self, leaf: Leaf) -> None:
         """The site of a leaf itself."""
         within, role = self.where.get(leaf, ""), self.role.get(leaf, "")
@@ -585,22 +592,16 @@ class Dissection:
                 **norm_tensors(leaf),
             )
         elif leaf.kind == "linear":
-            self.put(
-                role or "linear",
-                leaf.path,
-                "linear",
-                leaf.inputs,
-                leaf.outputs,
-                within,
-                transposed=leaf.transposed,
-                **self.tensors(leaf),
-            )
+            more = {"transposed": leaf.transposed, **self.tensors(leaf), **self.lent(leaf)}
+            kind: Kind = "parameter" if "caller" in more else "linear"
+            self.put(role or "linear", leaf.path, kind, leaf.inputs, leaf.outputs, within, **more)
         elif leaf.kind == "router":  # its output is more than a product: the change has to be in the weight
             own: dict[str, Any] = {"called": False, "caller": leaf.path, **self.tensors(leaf)}
             self.put(role or "linear", leaf.path, "parameter", leaf.inputs, leaf.outputs, within, **own)
         elif leaf.kind == "conv":
             more = {**self.tensors(leaf), **leaf.convolution}
-            self.put(role or "conv", leaf.path, "conv", leaf.inputs, leaf.outputs, within, **more)
+            kind = "parameter" if self.lent(leaf) else "conv"
+            self.put(role or "conv", leaf.path, kind, leaf.inputs, leaf.outputs, within, **more, **self.lent(leaf))
         elif leaf.kind == "embedding":
             self.put(role or embedding_role(leaf), leaf.path, "embedding", leaf.inputs, leaf.outputs, within, bias="")
 
@@ -648,6 +649,24 @@ def role_name(leaf: Leaf, tensor: str = "") -> str:
 def of_head(leaf: Leaf) -> bool:
     """Whether a norm is of queries or keys: `q_norm`, `norm_k`, `k_layernorm`, …"""
     return bool(re.search(r"(^|_)(q|k|kv|query|key)(_|$)", role_name(leaf)))
+
+
+def weights_used(cls: type[nn.Module]) -> set[str]:
+    """Names of the parts whose `weight` the code of a module takes."""
+    found = set()
+    for method in vars(cls).values():
+        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        for step, following in pairwise(dis.get_instructions(code) if code else []):
+            if step.opname == following.opname == "LOAD_ATTR" and following.argval == "weight":
+                found.add(str(step.argval).lower())
+    return found
+
+
+def adds_residual(cls: type[nn.Module]) -> bool:
+    """Whether a module takes the residual as an argument, so that its output is more than its own work."""
+    return bool(
+        {"residual", "input_tensor", "shortcut"} & set(inspect.signature(inspect.unwrap(cls.forward)).parameters)
+    )
 
 
 def by_head(cls: type[nn.Module]) -> bool:

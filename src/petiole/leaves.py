@@ -69,7 +69,7 @@ def as_leaf(module: nn.Module, path: str) -> Leaf | None:
         return Leaf(path, module, "linear", own["weight"][0], own["weight"][1], transposed=True)
     if hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim") and has_tensor(module, "weight"):
         return Leaf(path, module, "embedding", held.num_embeddings, held.embedding_dim)
-    if hasattr(module, "in_channels") and hasattr(module, "kernel_size") and has_tensor(module, "weight"):
+    if hasattr(module, "kernel_size") and hasattr(module, "in_channels") and has_tensor(module, "weight"):
         return Leaf(path, module, "conv", held.in_channels, held.out_channels)
     normal = "norm" in type(module).__name__.lower()
     if not (normal or own) or any(next(leaves(child), None) is not None for _, child in children(module)):

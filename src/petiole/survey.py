@@ -70,11 +70,12 @@ def dissect(model: nn.Module, stacks: Mapping[str, str], by_hand: Mapping[str, s
 
 def check_by_hand(model: nn.Module, stacks: Mapping[str, str], by_hand: Mapping[str, str]) -> None:
     known = dict(modules(model))
-    for name, path in stacks.items():
-        if path not in known:
-            raise AnatomyError(
-                f"stacks={{{name!r}: {path!r}}}: {type(model).__name__} has no module {path!r}{near(path, known)}"
-            )
+    for name, paths in stacks.items():
+        for path in split_paths(paths):
+            if path not in known:
+                raise AnatomyError(
+                    f"stacks={{{name!r}: {paths!r}}}: {type(model).__name__} has no module {path!r}{near(path, known)}"
+                )
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise AnatomyError(
                 f"stacks={{{name!r}: …}}: the name of a stack is lower-case letters, digits and underscores"
@@ -105,17 +106,23 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 def given(model: nn.Module, stacks: Mapping[str, str]) -> list[Row]:
-    """The stacks that the caller named: stages opened where the list holds any, else every child a block."""
+    """The stacks that the caller named: stages opened where a list holds any, else every child a block."""
     rows = []
-    for name, path in stacks.items():
-        container = model.get_submodule(path)
-        blocks = Lists(Names(), strict=False).within(container, path, nested=True) or [
-            Found(join(path, key), m) for key, m in children(container)
-        ]
+    for name, paths in stacks.items():
+        containers, blocks = split_paths(paths), []
+        for n, path in enumerate(containers):
+            container = model.get_submodule(path)
+            found = Lists(Names(), strict=False).within(container, path, nested=True)
+            found = found or [Found(join(path, key), child) for key, child in children(container)]
+            blocks += [replace(block, stage=n) for block in found] if len(containers) > 1 else found
         if not blocks:
-            raise AnatomyError(f"stacks={{{name!r}: {path!r}}}: it holds no modules")
-        rows.append(Row([path], blocks, name))
+            raise AnatomyError(f"stacks={{{name!r}: {paths!r}}}: it holds no modules")
+        rows.append(Row(containers, blocks, name))
     return rows
+
+
+def split_paths(paths: str) -> list[str]:
+    return [path.strip() for path in paths.split(",")]
 
 
 # ------------------------------------------------------------------------------------------------------------- lists that are stacks
@@ -327,32 +334,50 @@ def recurrent(block: nn.Module) -> bool:
 
 
 def looks_back(model: nn.Module, row: Row) -> bool | None:
-    """Whether self-attention sees earlier positions only: the modules' own word, else which masks the stack's owner makes."""
-    told: set[bool | None] = set()
+    """Whether self-attention sees earlier positions only; None if that can't be told, or differs from block to block."""
+    masks = masks_made(model, row)
+    if masks == {"causal"}:
+        return True  # whatever the modules say: they are also given the mask
+    words = attention_words(model, row)
+    if words and None not in words:
+        return words.pop() if len(words) == 1 else None
+    if masks == {"bidirectional"}:
+        return False
+    alone = [c for c in configs(model, row.containers[0]) if not getattr(c, "is_encoder_decoder", False)]
+    told = [getattr(config, "is_decoder", None) for config in alone]
+    return next((word for word in told if isinstance(word, bool)), None)
+
+
+def attention_words(model: nn.Module, row: Row) -> set[bool | None]:
+    """What the self-attention modules say of themselves: a flag, or a triangle kept as a buffer."""
+    words: set[bool | None] = set()
     for block in row.blocks:
         for core in cores(list(leaves(block.module)), Names()):
-            paths = [join(block.path, above) for above in (core.path, *ancestors(core.path))]
-            holders = [model.get_submodule(path) for path in paths]
+            above = [model.get_submodule(join(block.path, path)) for path in (core.path, *ancestors(core.path))]
             named = any(part.lower() in table.CROSS for part in core.path.split("."))
-            if not named and not any(getattr(m, "is_cross_attention", None) is True for m in holders):
-                word = next((v for m in holders for v in [getattr(m, "is_causal", None)] if isinstance(v, bool)), None)
-                square = (
-                    b
-                    for b in holders[0]._buffers.values()
-                    if b is not None and b.ndim == 4 and b.shape[-1] == b.shape[-2] > 1
-                )
-                told.add(True if word is None and any(True for _ in square) else word)  # a triangle kept as a buffer
-    if told and None not in told:
-        return told == {True} if len(told) == 1 else None
+            if named or any(getattr(module, "is_cross_attention", None) is True for module in above):
+                continue
+            flags = [flag for module in above if isinstance(flag := getattr(module, "is_causal", None), bool)]
+            shapes = [tuple(b.shape) for b in above[0]._buffers.values() if b is not None and b.ndim == 4]
+            triangle = any(shape[-1] == shape[-2] > 1 for shape in shapes)
+            words.add(flags[0] if flags else True if triangle else None)
+    return words
+
+
+def masks_made(model: nn.Module, row: Row) -> set[str]:
+    """Which kinds of mask the owner of a stack makes: of the modules above, the first that makes any, short of one that holds more than it."""
     for path in ancestors(row.containers[0]):
         owner = model.get_submodule(path)
-        masks = code_names(type(owner))
-        if "create_causal_mask" in masks:
-            return True if "create_bidirectional_mask" not in masks else None
-        decoder = getattr(getattr(owner, "config", None), "is_decoder", None)
-        if isinstance(decoder, bool):
-            return decoder
-    return None
+        names = code_names(type(owner))
+        made = {
+            kind for kind in ("causal", "bidirectional") if any(kind in n and n.startswith("create_") for n in names)
+        }
+        if made:
+            return made
+        outside = (leaf for leaf in leaves(owner, path) if not under(leaf.path, row.containers[0]))
+        if any(leaf.kind in ("embedding", "conv") or "patch" in leaf.path for leaf in outside):
+            break
+    return set()
 
 
 def code_names(cls: type) -> set[str]:
