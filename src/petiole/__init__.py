@@ -18,6 +18,7 @@ from petiole.method import Delta, Method, registry
 from petiole.store import load
 
 if TYPE_CHECKING:
+    from petiole.interop import load_peft as load_peft
     from petiole.training import Events as Events
     from petiole.training import Trainer as Trainer
 
@@ -40,7 +41,7 @@ _HERE = (
     "registry",
     "route",
 )
-_HOMES = {"Events": "training", "Trainer": "training"}
+_HOMES = {"Events": "training", "Trainer": "training", "load_peft": "interop"}
 
 
 def detach(model: Any, name: str | None = None) -> Any:

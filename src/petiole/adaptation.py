@@ -15,6 +15,7 @@ from petiole.method import Method, Moment
 
 if TYPE_CHECKING:
     from petiole.attach import Host
+    from petiole.interop import Export
 
 
 class Adaptation:
@@ -215,6 +216,34 @@ class Adaptation:
         from petiole.store import save
 
         return save(self, Path(path), folded=folded)
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        for_: Literal["peft", "vllm", "diffusers"] = "peft",
+        rank: int | None = None,
+        max_error: float = 0.01,
+        check: Mapping[str, Any] | None = None,
+    ) -> Export:
+        """Write the change as a LoRA checkpoint that another library reads. Print what comes back: the error at every site.
+
+        Factors go out as they are; DoRA and (IA)³ as such for PEFT; any other change of weights as the nearest product B A.
+
+        Args:
+            folder: a new one, or empty.
+            for_: the reader; what it can't take is refused.
+            rank: the largest wanted; None for as small as `max_error` allows.
+            max_error: the largest relative error of a weight's change, ‖ΔW - B A‖ / ‖ΔW‖.
+            check: a batch, on which the change of the first output is measured.
+
+        Raises:
+            AttachError: no change of weights, or nothing for this reader, or the error would be larger; nothing is written then.
+            ConfigError, FileError: a value is out of range, the folder is taken or can't be written.
+        """
+        from petiole.interop import export
+
+        return export(self, folder, for_=for_, rank=rank, max_error=max_error, check=check)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the file to the Hub; `pt.load(model, "hub:owner/name")` reads it from there."""
