@@ -8,6 +8,7 @@ one backward gives everything:
 
 What costs memory is x itself, which frozen weights would not need. It is not kept where the backbone keeps what it comes from: x is
 mostly the output of a normalisation, an activation or attention, whose own nodes hold enough to compute it again (`Again`).
+Where A is frozen and only a core between A and B trains, x is not needed at all.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# A (r, in), B (out, r), scale, Δb or None; then a core C (r, r) or (r,), if there is one.
+Parts = tuple[Tensor, Tensor, float, Tensor | None] | tuple[Tensor, Tensor, float, Tensor | None, Tensor]
+
 
 @dataclass(frozen=True)
 class Factor:
-    """One low-rank change: ΔW[rows] = scale · B A, Δb[rows] = bias.
+    """One low-rank change: ΔW[rows] = scale · B C A, Δb[rows] = bias.
 
     Attributes:
         A: (r, in). B: (n, r), with n the number of rows. bias: (n,) or None.
         rows: (start, stop) of the output features that change; None for all.
+        core: C (r, r), or its diagonal (r,); None for the identity.
     """
 
     A: Tensor
@@ -36,12 +41,26 @@ class Factor:
     scale: float
     bias: Tensor | None = None
     rows: tuple[int, int] | None = None
+    core: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: tuple[Tensor, Tensor, float, Tensor | None], rows: Sequence[tuple[int, int]]) -> Factor:
+    def of(cls, parts: Parts, rows: Sequence[tuple[int, int]]) -> Factor:
         """What a delta's `factored` gives, on a site's rows (one range at most)."""
-        A, B, scale, bias = parts
-        return cls(A, B, scale, bias, rows[0] if rows else None)
+        A, B, scale, bias, *core = parts
+        return cls(A, B, scale, bias, rows[0] if rows else None, core[0] if core else None)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are, in the order in which `AddFactors` takes them."""
+        return [t for t in (self.A, self.B, self.core, self.bias) if t is not None]
+
+
+def between(low: Tensor, core: Tensor | None, transposed: bool = False) -> Tensor:
+    """low (..., r) -> C low, or Cᵀ low, for a core (r, r), a diagonal (r,) or None."""
+    if core is None:
+        return low
+    if core.ndim == 1:
+        return low * core
+    return low @ (core if transposed else core.T)
 
 
 def plain(module: nn.Module) -> bool:
@@ -71,11 +90,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def add(x: Tensor, y: Tensor, module: nn.Module, factors: Sequence[Factor]) -> Tensor:
     """x (..., in), y = W x + b (..., out) computed from a detached x -> y with all factors added, IN PLACE where y allows it."""
-    options = [(f.scale, f.rows, f.bias is not None) for f in factors]
-    tensors = [t for f in factors for t in (f.A, f.B, f.bias) if t is not None]
+    options = [(f.scale, f.rows, f.core is not None, f.bias is not None) for f in factors]
+    tensors = [t for f in factors for t in f.tensors()]
     weight = module._parameters["weight"]
     assert weight is not None
-    needs = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    needs = torch.is_grad_enabled() and any(f.A.requires_grad for f in factors)  # only A's gradient asks for x
     again = Again.of(x) if needs and x.grad_fn is not None else None
     return AddFactors.apply(x, y, weight.T if is_conv1d(module) else weight, again, options, *tensors)
 
@@ -91,7 +110,7 @@ def add_by_row(x: Tensor, y: Tensor, factors: Sequence[Factor], index: Tensor, k
         kept: remembers the gathered factors between forward passes that need no gradient.
     """
     n = index.shape[0]
-    key = (tuple(index.tolist()), tuple((id(f.A), f.A._version, id(f.B), f.B._version) for f in factors), y.dtype)
+    key = (tuple(index.tolist()), tuple((id(t), t._version) for f in factors for t in f.tensors()), y.dtype)
     if torch.is_grad_enabled() or kept.get("key") != key:
         gathered = gather(factors, index, y.dtype)
         if not torch.is_grad_enabled():
@@ -115,7 +134,9 @@ def gather(factors: Sequence[Factor], index: Tensor, kind: torch.dtype) -> tuple
     """A (n, in, r), scaled B (n, r, out) and Δb (n, out) of each row, padded with zeros to the largest rank."""
     rank = max(f.A.shape[0] for f in factors)
     As = [nn.functional.pad(f.A.to(kind).T, (0, rank - f.A.shape[0])) for f in factors]
-    Bs = [nn.functional.pad(f.scale * f.B.to(kind).T, (0, 0, 0, rank - f.A.shape[0])) for f in factors]
+    cores = [None if f.core is None else f.core.to(kind) for f in factors]
+    scaled = [f.scale * between(f.B.to(kind), core, transposed=True).T for f, core in zip(factors, cores, strict=True)]
+    Bs = [nn.functional.pad(B, (0, 0, 0, rank - B.shape[0])) for B in scaled]
     biases: list[Tensor] = []
     if any(f.bias is not None for f in factors):
         biases = [f.B.new_zeros(f.B.shape[0], dtype=kind) if f.bias is None else f.bias.to(kind) for f in factors]
@@ -136,23 +157,27 @@ class AddFactors(torch.autograd.Function):
     ) -> Tensor:
         kind = y.dtype
         inputs = x.detach().reshape(-1, x.shape[-1])
-        result = y.data  # y's memory under a new tensor: y itself may be a view, whose change in place autograd would copy
+        result = (
+            y.data
+        )  # y's memory under a new tensor: y itself may be a view, whose change in place autograd would copy
         outputs = result.view(-1, y.shape[-1])
         inputs = inputs.to(kind)
         inner = []
         with torch.autocast(x.device.type, enabled=False):
             rest = list(tensors)
-            for scale, rows, has_bias in options:
+            for scale, rows, has_core, has_bias in options:
                 A, B = rest.pop(0), rest.pop(0)
+                core = rest.pop(0).to(kind) if has_core else None
                 bias = rest.pop(0) if has_bias else None
                 low = (inputs @ A.to(kind).T).mul_(scale)  # s A x (N, r): scaled where it is thin
                 part = outputs if rows is None else outputs[:, rows[0] : rows[1]]
-                part.addmm_(low, B.to(kind).T)
+                part.addmm_(between(low, core), B.to(kind).T)
                 if bias is not None:
                     part.add_(bias.to(kind))
                 inner.append(low)
         ctx.again, ctx.options, ctx.shape, ctx.dtype = again, options, x.shape, x.dtype
-        ctx.save_for_backward(weight, None if again is not None else inputs, *inner, *tensors)
+        wanted = again is None and any(firsts(ctx.needs_input_grad[5:], options))
+        ctx.save_for_backward(weight, inputs if wanted else None, *inner, *tensors)
         return result
 
     @staticmethod
@@ -163,17 +188,24 @@ class AddFactors(torch.autograd.Function):
         g = gradient.reshape(-1, gradient.shape[-1])
         kind = g.dtype
         wants = list(ctx.needs_input_grad[5:])
-        if inputs is None and any(wants):
+        if inputs is None and any(firsts(wants, ctx.options)):
             inputs = ctx.again.compute().reshape(-1, ctx.shape[-1])
         out: list[Tensor | None] = []
         with torch.autocast(g.device.type, enabled=False):
             gx = g @ weight.to(kind) if ctx.needs_input_grad[0] else None
-            for (scale, rows, has_bias), low in zip(ctx.options, inner, strict=True):
+            for (scale, rows, has_core, has_bias), low in zip(ctx.options, inner, strict=True):
                 A, B = rest.pop(0), rest.pop(0)
+                core = rest.pop(0) if has_core else None
                 part = g if rows is None else g[:, rows[0] : rows[1]]
-                back = (part @ B.to(kind)).mul_(scale)  # s Bᵀ g (N, r)
-                out.append((back.T @ inputs.to(kind)).to(A.dtype) if wants.pop(0) else None)
-                out.append((part.T @ low).to(B.dtype) if wants.pop(0) else None)
+                want_A, want_B, want_core = wants.pop(0), wants.pop(0), has_core and wants.pop(0)
+                outer = part @ B.to(kind)  # Bᵀ g (N, r)
+                back = between(outer, None if core is None else core.to(kind), transposed=True).mul_(scale)  # s Cᵀ Bᵀ g
+                out.append((back.T @ inputs.to(kind)).to(A.dtype) if want_A else None)
+                out.append(
+                    (part.T @ between(low, None if core is None else core.to(kind))).to(B.dtype) if want_B else None
+                )
+                if core is not None:
+                    out.append(core_gradient(outer, low, core) if want_core else None)
                 if has_bias:
                     bias = rest.pop(0)
                     out.append(part.sum(0).to(bias.dtype) if wants.pop(0) else None)
@@ -183,6 +215,20 @@ class AddFactors(torch.autograd.Function):
         # y came from a detached x and frozen weights; where something trains below it (a bias), its own node needs the gradient too.
         gy = gradient if ctx.needs_input_grad[1] else None
         return gx, gy, None, None, None, *out
+
+
+def firsts(values: Sequence[Any], options: Sequence[Any]) -> list[Any]:
+    """Of values that belong to the tensors of factors, those that belong to each A."""
+    found, at = [], 0
+    for _, _, has_core, has_bias in options:
+        found.append(values[at])
+        at += 2 + has_core + has_bias
+    return found
+
+
+def core_gradient(outer: Tensor, low: Tensor, core: Tensor) -> Tensor:
+    """Bᵀ g (N, r) and s A x (N, r) -> the gradient of C, or of its diagonal."""
+    return ((outer * low).sum(0) if core.ndim == 1 else outer.T @ low).to(core.dtype)
 
 
 # ------------------------------------------------------------------------------------------------- computing an input once more

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError, ConfigError
+from petiole.factored import Parts
 
 Composition = Literal["add", "multiply", "gate", "replace"]
 Layers = tuple[int, ...] | None
@@ -67,6 +68,15 @@ class Delta(nn.Module):
         """What is stored for deployment: parameters and persistent buffers, training-only devices folded away."""
         return self.state_dict()
 
+    def unfold(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `folded_state` gave, as it came from a file -> the state dict that it stands for."""
+        return state
+
+    def recipe(self) -> dict[str, Any]:
+        """What the tensors that no file holds are built from, as JSON: seeds, a digest of the base weight. It stands in the file in
+        their place, and where it comes out otherwise on load, the file is refused."""
+        return {}
+
     def structure(self) -> dict[str, Any]:
         """Sizes that changed since construction (ranks that grew), as JSON of lists and plain values; empty where there are none."""
         return {}
@@ -84,8 +94,11 @@ class WeightDelta(Delta):
         """x, as the frozen module got it -> Δy (..., out). The fallback forms ΔW; methods override it with something cheaper."""
         return base.apply(x, self.weight(base.weight), self.bias(base.bias))
 
-    def factored(self) -> tuple[Tensor, Tensor, float, Tensor | None] | None:
-        """A (r, in), B (out, r), scale and Δb with ΔW = scale · B A, if in this forward pass the change is nothing more than that."""
+    def factored(self) -> Parts | None:
+        """A (r, in), B (out, r), scale and Δb with ΔW = scale · B A, if in this forward pass the change is nothing more than that.
+
+        A fifth is a core C between them, (r, r) or its diagonal (r,): ΔW = scale · B C A. Worth it where C trains and A is frozen.
+        """
         return None
 
     def weight(self, base: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ def header(adaptation: Adaptation, folded: bool, state: dict[str, Any]) -> dict[
         "seed": adaptation.seed,
         "methods": [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in methods],
         "head": any(slot.number == HEAD for slot in adaptation.slots),
-        "structure": {key: structure for key, module in adaptation.modules() if (structure := structure_of(module))},
+        "structure": {
+            key: structure for key, module in adaptation.modules() if (structure := told(module, "structure"))
+        },
+        "recipe": {key: recipe for key, module in adaptation.modules() if (recipe := told(module, "recipe"))},
         "state": state,
         "backbone": adaptation.mark,
     }
@@ -97,6 +100,8 @@ def load(
             restructure(module, structures.pop(key, {}), device_of(module, model))
         if structures:
             raise FileError(f"{local}: describes {next(iter(structures))}, which this method does not have")
+        check_recipes(local, about, modules)
+        tensors = unfolded(modules, tensors)
         own = {f"own:{n}": value for n, value in originals(model, made.trained).items()}
     except FileError:
         raise
@@ -143,6 +148,8 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     structures = expect(path, about, "structure", dict)
     for key, module in adaptation.modules():
         restructure(module, structures.get(key, {}), device_of(module, adaptation.model))
+    check_recipes(path, about, dict(adaptation.modules()))
+    tensors = unfolded(dict(adaptation.modules()), tensors)
     current = adaptation.named_tensors(folded=False)
     compare(path, current, tensors)
     with torch.no_grad():
@@ -153,21 +160,46 @@ def refill(adaptation: Adaptation, path: Path) -> None:
         adaptation.state[number].update(values)
 
 
-def structure_of(module: nn.Module) -> dict[str, Any]:
-    """Sizes that changed since construction; a module that the whole attachment shares may have them, too."""
-    found = getattr(module, "structure", None)
+def told(module: nn.Module, what: str) -> dict[str, Any]:
+    """A delta's `structure` or `recipe`; a module that the whole attachment shares may have them, too."""
+    found = getattr(module, what, None)
     return found() if callable(found) else {}
 
 
 def restructure(module: nn.Module, structure: dict[str, Any], device: torch.device) -> None:
     """Give a module the stored sizes, on its device; an empty structure stands for the sizes at construction."""
-    if structure == structure_of(module):
+    if structure == told(module, "structure"):
         return
     rebuild = getattr(module, "restructure", None)
     if not callable(rebuild):
         raise AttachError(f"{type(module).__name__} has no variable structure, but one was stored: {structure}")
     rebuild(structure)
     module.to(device)
+
+
+def check_recipes(path: Path, about: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+    """What no file holds must have been built here from what it was built from there, whatever else is allowed to differ."""
+    mine = {key: recipe for key, module in modules.items() if (recipe := told(module, "recipe"))}
+    theirs = expect(path, about, "recipe", dict)
+    for key in sorted({*mine, *theirs}):
+        one, other = mine.get(key, {}), theirs.get(key)
+        if one != other:
+            parts = [p for p in one if not isinstance(other, dict) or other.get(p) != one[p]] or ["more than it should"]
+            raise FileError(
+                f"{path}: {key} has tensors that the file does not hold, and here they would be built from another {parts[0]}"
+            )
+
+
+def unfolded(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, with what was packed for it unpacked."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for whole, tensor in tensors.items():
+        key, _, name = whole.partition(":")
+        groups.setdefault(key, {})[name] = tensor
+    for key, group in groups.items():
+        if callable(unfold := getattr(modules.get(key), "unfold", None)):
+            groups[key] = dict(unfold(group))
+    return {f"{key}:{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
 
 
 def checked(model: nn.Module, name: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petiole.anatomy import Site
+from petiole.factored import Parts, between
 from petiole.method import Base, WeightDelta, convolve
 
 
@@ -83,6 +84,44 @@ class Factors(WeightDelta):
         if self.kind not in ("linear", "parameter") or (self.dropout is not None and self.training):
             return None
         return self.A, self.B, self.scale, self.delta_bias
+
+
+class Product(WeightDelta):
+    """ΔW = scale · B C A on a linear, with factors that a method computes: from coefficients, from frozen bases, from several of them.
+
+    Args:
+        dropout: on the input x, in training.
+    """
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def parts(self) -> Parts:
+        """A (r, in), B (out, r), scale, Δb (out,) or None, and C (r, r) or (r,) if there is one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """x (..., in) -> Δy (..., out)"""
+        A, B, scale, bias, *core = self.parts()
+        x = x if self.dropout is None else self.dropout(x)
+        low = nn.functional.linear(x, A.to(x.dtype)) * scale
+        low = between(low, core[0].to(low.dtype)) if core else low
+        return nn.functional.linear(low, B.to(low.dtype), None if bias is None else bias.to(low.dtype))
+
+    def weight(self, base: Tensor) -> Tensor:
+        """ΔW (out, in)"""
+        A, B, scale, _, *core = self.parts()
+        kind = torch.promote_types(base.dtype, B.dtype)
+        B = scale * B.to(kind)
+        return (between(B, core[0].to(kind), transposed=True) if core else B) @ A.to(kind)
+
+    def bias(self, base: Tensor | None) -> Tensor | None:
+        return self.parts()[3]
+
+    def factored(self) -> Parts | None:
+        """The parts; None where dropout acts."""
+        return None if self.dropout is not None and self.training else self.parts()
 
 
 def convolve_1x1(x: Tensor, weight: Tensor) -> Tensor:
