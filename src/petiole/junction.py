@@ -210,6 +210,11 @@ class WeightSlot(Slot):
 class HiddenSlot(Slot):
     """h <- h + Δ(h), at a module's input or output; Δ may read elsewhere (parallel insertion)."""
 
+    def __init__(self, host: Host, adaptation: str, number: int, place: Place) -> None:
+        super().__init__(host, adaptation, number, place)
+        self.front = channels_first(host, place.site)
+        self.read_front = place.read is not None and channels_first(host, place.read)
+
     def points(self) -> Iterator[Point]:
         for site, act in ((self.place.read, "read"), (self.site, "write")):
             if site is not None:
@@ -219,7 +224,8 @@ class HiddenSlot(Slot):
                 )
 
     def read(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        self.hold((of_input(args, kwargs) if output is None else of_output(output))[0])
+        h = (of_input(args, kwargs) if output is None else of_output(output))[0]
+        self.hold(h.movedim(1, -1) if self.read_front else h)
         return None if output is None else output
 
     def write(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
@@ -240,6 +246,8 @@ class HiddenSlot(Slot):
         if (
             any(slot.delta.composition != self.delta.composition for slot in slots)
             or self.site.rows
+            or self.front
+            or self.read_front
             or self.delta.composition == "gate"
         ):
             return None
@@ -283,11 +291,31 @@ class HiddenSlot(Slot):
 
     def composed(self, h: Tensor, source: Tensor) -> Tensor:
         """The new h; in a fused projection, only the features that belong to the site change."""
+        if self.front:
+            own = h.movedim(1, -1)
+            if self.place.read is None:
+                source = own
+            elif source.shape[:-1] != own.shape[:-1]:
+                raise AttachError(
+                    f"{self.site.key}: it is {tuple(own.shape[1:-1])} large, but what the change reads is {tuple(source.shape[1:-1])}\n"
+                    "what changes the size of an image can't have a change beside it; name other sites"
+                )
+            return compose(own, self.delta(source), self.delta.composition).movedim(-1, 1)
         if not self.site.rows or self.site.side == "input":
             return compose(h, self.delta(source), self.delta.composition)
         own = torch.cat([h[..., start:stop] for start, stop in self.site.rows], -1)
         new = compose(own, self.delta(own if source is h else source), self.delta.composition)
         return add_rows(h, new - own, self.site.rows, -1)
+
+
+def channels_first(host: Host, site: Site) -> bool:
+    """Whether the hidden state there is (B, d, *size), as in convolutional networks; a delta sees (B, *size, d) all the same."""
+    if site.kind == "norm":
+        return isinstance(host.module(site.path), (nn.GroupNorm, nn.modules.batchnorm._NormBase))
+    if site.role == "block":
+        own = host.anatomy.stack(site.stack).blocks[site.depth].sites
+        return any(s.kind == "conv" and not s.within and len(s.kernel) > 1 for s in own)
+    return site.kind == "conv"
 
 
 class ModuleSlot(Slot):

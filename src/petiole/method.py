@@ -32,6 +32,11 @@ def layers_field() -> Any:
     return Field(None, description="Depths to adapt, counted from the input, negative from the end; every one if None.")
 
 
+def stack_field() -> Any:
+    """The field `stack`, for methods whose places have no role to name it by."""
+    return Field(None, description="The stack to adapt (encoder, decoder, text, vision); every one if None.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------- deltas
 
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from petiole.anatomy import Anatomy
-from petiole.method import Layers, Method, Place, layers_field
+from petiole.method import Layers, Method, Place, layers_field, stack_field
 from petiole.methods.adapters.bottleneck import Activation, Bottleneck, Init
 
 
@@ -36,10 +36,11 @@ class SequentialAdapter(Method):
         "lora", description="lora: starts as the bare backbone; bert: both projections normal(0, 0.02²)."
     )
     layers: Layers = layers_field()
+    stack: str | None = stack_field()
 
     def places(self, anatomy: Anatomy, roles: list[str]) -> Iterator[Place]:
         """An adapter at the output of each sub-layer of these roles."""
-        for site in anatomy.sites(roles, self.layers):
+        for site in anatomy.sites(roles, self.layers, self.stack):
             delta = Bottleneck(
                 site.out_features, self.bottleneck, activation=self.activation, dropout=self.dropout, init=self.init
             )
@@ -54,14 +55,10 @@ class HoulsbyAdapter(SequentialAdapter):
     paper: ClassVar[str] = "1902.00751"
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        crossed = any(
-            site.role == "cross_attention" for stack in anatomy.stacks for block in stack.blocks for site in block.sites
-        )
         yield from self.places(anatomy, ["attention", "ffn"])
-        if crossed:
-            for stack in anatomy.stacks:
-                if any(site.role == "cross_attention" for block in stack.blocks for site in block.sites):
-                    yield from self.places(anatomy, [f"{stack.name}:cross_attention"])
+        for stack in [anatomy.stack(self.stack)] if self.stack else anatomy.stacks:
+            if any(site.role == "cross_attention" for block in stack.blocks for site in block.sites):
+                yield from self.places(anatomy, [f"{stack.name}:cross_attention"])
 
 
 class PfeifferAdapter(SequentialAdapter):

@@ -49,10 +49,9 @@ class DoRA(Method):
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         for site in anatomy.sites(self.roles, self.layers):
-            if site.kind not in ("linear", "parameter"):
-                raise AttachError(
-                    f"dora: {site.key} is a {site.kind}; it is defined for linears (lora takes the others)"
-                )
+            if site.kind not in ("linear", "parameter") or site.kernel:
+                kind = "convolution" if site.kernel else site.kind
+                raise AttachError(f"dora: {site.key} is a {kind}; it is defined for linears (lora takes the others)")
             yield Place(site, Decomposed(site, self.rank, self.scaling, self.dropout))
 
 

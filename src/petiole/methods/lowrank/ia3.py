@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Side
-from petiole.errors import ConfigError
+from petiole.errors import AttachError, ConfigError
 from petiole.method import Base, Composition, HiddenDelta, Layers, Method, Place, WeightDelta, layers_field
 
 
@@ -39,11 +39,15 @@ class IA3(Method):
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         stray = [role for role in self.input_roles if role not in self.roles]
-        if stray:
+        if stray and self.input_roles != IA3.model_fields["input_roles"].default:  # which other roles need not repeat
             raise ConfigError(f"IA3.input_roles names {stray[0]!r}, which is not among roles {self.roles}")
         for role in self.roles:
             side: Side = "input" if role in self.input_roles else "output"
             for site in anatomy.sites([role], self.layers):
+                if side == "input" and site.groups > 1:
+                    raise AttachError(
+                        f"ia3: {site.key} is a convolution in {site.groups} groups; rescale its output: input_roles=[]"
+                    )
                 kind = RescaledWeight if site.kind == "parameter" else Rescale
                 yield Place(site.at(side), kind(site.at(side).size, side))
 
@@ -55,9 +59,10 @@ class Rescaled:
     side: Side
 
     def weight(self, base: Tensor) -> Tensor:
-        """W (out, in) -> ΔW (out, in)"""
-        factor = self.gain - 1
-        return factor[:, None] * base if self.side == "output" else base * factor
+        """W (out, in, *kernel) -> ΔW of the same shape"""
+        shape = [1] * base.ndim
+        shape[self.side == "input"] = -1
+        return (self.gain - 1).view(shape) * base
 
     def bias(self, base: Tensor | None) -> Tensor | None:
         """b (out,) -> Δb (out,); None where the scale sits before the linear and leaves b alone."""

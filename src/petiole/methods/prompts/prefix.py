@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError
-from petiole.method import AttentionDelta, Base, Delta, Layers, Method, Place, layers_field
+from petiole.method import AttentionDelta, Base, Delta, Layers, Method, Place, layers_field, stack_field
 
 
 class PrefixTuning(Method):
@@ -40,6 +40,7 @@ class PrefixTuning(Method):
     dropout: float = Field(0.0, ge=0, lt=1, description="On the keys and values, in training.")
     cross_attention: bool = Field(True, description="Cross-attention too, where there is one.")
     layers: Layers = layers_field()
+    stack: str | None = stack_field()
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         attentions = list(self.attentions(anatomy))
@@ -55,7 +56,7 @@ class PrefixTuning(Method):
 
     def attentions(self, anatomy: Anatomy) -> Iterator[tuple[Site, int]]:
         """Each attention to act in, with the width of its keys (smaller than d under grouped queries)."""
-        for stack in anatomy.stacks:
+        for stack in [anatomy.stack(self.stack)] if self.stack else anatomy.stacks:
             present = {site.role for block in stack.blocks for site in block.sites}
             for role in ("attention", "cross_attention") if self.cross_attention else ("attention",):
                 if role not in present:
