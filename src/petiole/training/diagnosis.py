@@ -40,9 +40,13 @@ def where(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     if bad:
         return f"weights are not finite: {some(bad)}"
     found: list[str] = []
-    sites = {site.exit: site.key for site in sites_of(model)}
+    names = {site.exit: site.key for site in sites_of(model)}
+    slots = [slot for adaptation in need_host(model).adaptations.values() for slot in adaptation.slots]
+    deltas = {id(slot.delta): f"{slot.adaptation}'s delta at {slot.site.key}" for slot in slots}
     handles = []
     for path, module in model.named_modules():
+        if id(module) not in deltas and any(part.startswith("petiole") for part in path.split(".")):
+            continue
 
         def look(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
             try:
@@ -50,7 +54,7 @@ def where(model: nn.Module, inputs: Mapping[str, Any]) -> str:
             except PetioleError:
                 return
             if not found and h.is_floating_point() and not finite(h):
-                name = sites.get(path, path) or type(module).__name__
+                name = deltas.get(id(module)) or names.get(path, path) or "the model"
                 found.append(f"not finite first after {name} ({type(module).__name__}), in {rows(h)}")
 
         handles.append(module.register_forward_hook(look))

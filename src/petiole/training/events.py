@@ -30,6 +30,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,7 +92,9 @@ class Events:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else 0.0
+        """Of the run: a group with a factor of its own learns at a multiple of it."""
+        group = self.optimizer.param_groups[0] if self.optimizer is not None else {"lr": 0.0}
+        return float(group["lr"]) / group.get(groups.FACTOR, 1.0)
 
     # ---- the events
 
@@ -131,6 +134,12 @@ class Events:
         """
         self.host.training = weakref.ref(self)  # a copy of the model copies no optimiser
         self.host.owes_terms = False
+        if self.optimizer is not None and (names := groups.unmet(self.host.model, self.optimizer)):
+            warnings.warn(
+                f"the optimiser decays, or learns at another rate than asked for: {some(names)}; "
+                "make its groups with petiole.training.parameter_groups(model, …)",
+                stacklevel=2,
+            )
         if self.needs_calibration() and self.step == 0:
             if batches is None:
                 raise TrainingError("a method calibrates on data before training: events.begin(batches)")
@@ -221,11 +230,11 @@ class Events:
 
     def look_for_movement(self) -> None:
         """Ask the proofs for movement, once there is a learning rate. In a warm-up, steps may be too small at first."""
-        if not self.proofs or self.learning_rate == 0:
+        if not self.proofs or self.optimizer is None or self.learning_rate == 0:
             return
-        group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
+        group = self.optimizer.param_groups[0]
         self.waited += 1
-        if self.learning_rate < float(group.get("initial_lr", 0.0)) and self.waited < PATIENCE:
+        if float(group["lr"]) < float(group.get("initial_lr", 0.0)) and self.waited < PATIENCE:
             self.proofs = [proof for proof in self.proofs if proof.still()]
             return
         for proof in self.proofs:

@@ -74,7 +74,23 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
             "weight_decay": weight_decay if decays else 0.0,
             **({FACTOR: factor} if factor != 1 else {}),
         }
-        for (decays, factor), parameters in members.items()
+        for (decays, factor), parameters in sorted(members.items(), key=lambda item: item[0][1] != 1)
+    ]
+
+
+def unmet(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of parameters that an optimiser of one's own does not treat as their deltas ask for: other rate, or weight decay."""
+    names = {id(parameter): name for name, parameter in named(model).items()}
+    kind = kinds(model)
+    return [
+        names[id(p)]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in names
+        and (
+            kind[id(p)][1] != group.get(FACTOR, 1.0)
+            or (group.get("weight_decay") and p.ndim > 1 and not kind[id(p)][0])
+        )
     ]
 
 
@@ -98,7 +114,7 @@ def spread(optimizer: Optimizer, kind: Mapping[int, Kind]) -> None:
         for factor, parameters in (parts or {1.0: []}).items():
             own = {**group, "params": parameters}
             groups.append(own if factor == 1 else {**own, "lr": group["lr"] * factor, FACTOR: factor})
-    optimizer.param_groups[:] = groups
+    optimizer.param_groups[:] = sorted(groups, key=lambda group: FACTOR in group)  # logs show the first group's rate
 
 
 def add(

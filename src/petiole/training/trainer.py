@@ -23,6 +23,7 @@ from petiole import files
 from petiole.adaptation import Adaptation
 from petiole.attach import host_of, need_host
 from petiole.errors import FileError, TrainingError
+from petiole.proof import untouched
 from petiole.store import refill, save
 from petiole.training import groups, processes
 from petiole.training.callback import PetioleCallback, inner
@@ -48,6 +49,8 @@ class Trainer(HFTrainer):
         TrainingError: a loss or weight is not finite, or something trains in vain.
     """
 
+    model_accepts_loss_kwargs: bool
+
     def __init__(self, *args: Any, prove: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         need_host(inner(self.model))
@@ -56,6 +59,7 @@ class Trainer(HFTrainer):
         self.petiole = PetioleCallback(prove=prove)
         self.add_callback(self.petiole)
         self.skipped: list[tuple[Path, str]] = []
+        self.divides: bool | None = None  # whether the model divides its loss by the number of items it is given
         self.resumed: dict[str, Any] = {}  # what a checkpoint says about events and groups
 
     def refuse_unfit(self) -> None:
@@ -159,6 +163,7 @@ class Trainer(HFTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        num_items_in_batch = self.items_that_count(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         events = self.events
         if self.accelerator.sync_gradients:
@@ -168,6 +173,25 @@ class Trainer(HFTrainer):
             self.stop(inputs, loss, bool(none))
         events.loss = None  # it has been looked at
         return loss
+
+    def items_that_count(self, inputs: dict[str, Any], items: Any) -> Any:
+        """The number of items in this step if the model's loss is divided by it, else None.
+
+        Many models take the number as one more keyword and ignore it: each micro-batch (and process) then adds a whole mean, and the
+        HF Trainer leaves that as it is. So the model is asked once, where it matters.
+        """
+        if self.args.gradient_accumulation_steps == 1 and processes.count() == 1:
+            return items
+        if (
+            self.divides is None
+            and items is not None
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+        ):
+            answer = divides(inner(self.model), self._prepare_inputs(inputs), items)
+            self.divides = broadcast_object_list([answer])[0]
+            self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self.divides
+        return items if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
 
     def stop(self, inputs: dict[str, Any], loss: Tensor, none: bool) -> None:
         """Raises TrainingError: says why the loss of this batch is of no use."""
@@ -276,6 +300,18 @@ def idles(model: nn.Module) -> str:
     return ", ".join(sorted({m.slug for adaptation in groups.acting(model) for m in adaptation.methods if m.idles}))
 
 
+@torch.no_grad()
+def divides(model: nn.Module, inputs: dict[str, Any], items: Any) -> bool:
+    """Whether the model's loss is smaller when it is told of twice as many items. Leaves no trace."""
+    adaptation = next(iter(need_host(model).adaptations.values()))
+    with untouched(adaptation):
+        model.eval()
+        once, twice = (getattr(model(**inputs, num_items_in_batch=n), "loss", None) for n in (items, 2 * items))
+    if once is None or twice is None or not bool(torch.isfinite(once)) or float(once) == 0:
+        return True
+    return not torch.equal(once, twice)
+
+
 def read_events(folder: Path) -> dict[str, Any]:
     """What a checkpoint says about events and groups."""
     state = files.read_json(folder / EVENTS)
@@ -284,21 +320,22 @@ def read_events(folder: Path) -> dict[str, Any]:
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints that were finished, and the best one; unfinished ones older than those count for nothing."""
+    """Keep the newest `limit` finished checkpoints and the best one. Unfinished ones don't count; older than the newest, they go too."""
     if not limit or limit < 1:
         return
-    numbered = []
-    for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = folder.name.rpartition("-")[2]
-        if folder.is_dir() and step.isdecimal():
-            numbered.append((int(step), folder))
-    numbered.sort()
-    whole = [folder for _, folder in numbered if (folder / files.MANIFEST).is_file()]
-    kept = set(whole[-limit:]) | ({Path(best)} if best else set())
-    for _, folder in numbered[: numbered.index(next(e for e in numbered if e[1] == whole[-1]))] if whole else ():
-        if folder not in kept:
-            (folder / files.MANIFEST).unlink(missing_ok=True)
+    found = {step_of(folder): folder for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(folder) >= 0}
+    finished = sorted(step for step, folder in found.items() if (folder / files.MANIFEST).is_file())
+    kept = {found[step] for step in finished[-limit:]} | ({Path(best)} if best else set())
+    for step, folder in found.items():
+        if finished and step < finished[-1] and folder not in kept:
+            (folder / files.MANIFEST).unlink(missing_ok=True)  # first: half a folder must not look whole
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name, -1 if it is none."""
+    step = folder.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() and folder.is_dir() else -1
 
 
 class Batches:
