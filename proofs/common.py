@@ -1,0 +1,173 @@
+"""What the proofs share: options, a backbone that is one linear, a plain training loop, and the report in docs/proofs.md.
+
+A proof is a script that trains something small, prints a table and says of each claim whether it holds. Its section of docs/proofs.md,
+between `<!-- slug -->` and `<!-- /slug -->`, is written anew by each run with at least the usual seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import petiole as pt
+from petiole.files import write_text
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "proofs.md"
+_HEAD = """# Proofs
+
+What each method promises, tried on something small enough for one core. `make proofs` runs every script in `proofs/` and writes its section
+here again; what does not hold stays, and is said to fail.
+"""
+
+
+def options(about: str, seeds: int = 3) -> argparse.Namespace:
+    """`--seeds` and `--json FILE`; one thread, unless told otherwise."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"how often everything is repeated (usually {seeds})")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here, as one JSON object")
+    parser.add_argument("--threads", type=int, default=1)
+    found = parser.parse_args()
+    if found.seeds < 1 or found.threads < 1:
+        parser.error("--seeds and --threads start at 1")
+    found.usual = seeds
+    torch.set_num_threads(found.threads)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------- a backbone
+
+
+class Linear(nn.Module):
+    """x -> W x, at a place that petiole finds: the query of the first of two blocks; the second is never run."""
+
+    def __init__(self, W: Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"query": nn.Linear(*W.T.shape, bias=False)}) for _ in range(2)])
+        for block in self.blocks:
+            block["query"].weight.data = W.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0]["query"](x)
+
+
+def parts(model: nn.Module) -> pt.Anatomy:
+    """The anatomy of `Linear`."""
+    return pt.anatomy(model, stacks={"encoder": "blocks"}, roles={"q": "query"})
+
+
+def attached(W: Tensor, method: pt.Method, seed: int = 0) -> tuple[Linear, pt.Adaptation]:
+    """`Linear` with a method on it."""
+    model = Linear(W)
+    chosen = method.model_copy(update={"roles": ("q",), "layers": (0,)})
+    return model, pt.attach(model, chosen, seed=seed, found=parts(model))
+
+
+def fit(
+    model: nn.Module, parameters: Iterable[nn.Parameter], x: Tensor, y: Tensor, learning_rate: float, steps: int
+) -> float:
+    """Adam on the mean square error. Returns the last loss as a share of the first."""
+    optimizer = torch.optim.Adam(list(parameters), lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        return float((model(x) - y).square().mean()) / losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the report
+
+
+class Report:
+    """A table, and claims that hold or fail.
+
+    Args:
+        slug: of the specification; the script's name.
+        title: of the section.
+        about: what is done, for the page.
+        columns: of the table.
+    """
+
+    def __init__(self, slug: str, title: str, about: str, columns: Sequence[str]) -> None:
+        self.slug, self.title, self.about, self.columns = slug, title, about, tuple(columns)
+        self.rows: list[tuple[Any, ...]] = []
+        self.claims: list[tuple[str, bool]] = []
+
+    def row(self, *values: Any) -> None:
+        assert len(values) == len(self.columns)
+        self.rows.append(values)
+
+    def require(self, claim: str, holds: bool) -> None:
+        """A claim with its numbers, and whether it holds."""
+        self.claims.append((claim, bool(holds)))
+
+    @property
+    def holds(self) -> bool:
+        return all(holds for _, holds in self.claims)
+
+    def finish(self, given: argparse.Namespace, figures: Mapping[str, Any] | None = None) -> None:
+        """Print, write the page and the JSON, and leave with status 1 if a claim fails."""
+        made = f"{given.seeds} seeds, {given.threads} thread{'s' * (given.threads > 1)}, torch {torch.__version__.split('+')[0]}"
+        print(f"{self.title} ({made})\n{self.table()}\n{self.verdicts()}")
+        if given.seeds >= given.usual:
+            self.write(f"{datetime.date.today().isoformat()}, {made}, petiole {version('petiole')}.")
+        else:
+            print(f"docs/proofs.md is left as it is: fewer than {given.usual} seeds")
+        if given.json is not None:
+            rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+            claims = [{"claim": claim, "holds": holds} for claim, holds in self.claims]
+            about = {"slug": self.slug, "rows": rows, "claims": claims, "figures": dict(figures or {})}
+            run = {
+                "seeds": given.seeds,
+                "threads": given.threads,
+                "torch": torch.__version__,
+                "petiole": version("petiole"),
+            }
+            given.json.write_text(json.dumps({**about, **run}, indent=1, ensure_ascii=False) + "\n")
+        sys.exit(0 if self.holds else 1)
+
+    def table(self) -> str:
+        cells = [[shown(value) for value in row] for row in [self.columns, *self.rows]]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+        return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+    def verdicts(self) -> str:
+        return "\n".join(f"- {'holds' if holds else '**FAILS**'}: {claim}" for claim, holds in self.claims)
+
+    def write(self, made: str) -> None:
+        """Put this proof's section in the page, in the order of slugs."""
+        page = PAGE.read_text() if PAGE.exists() else _HEAD
+        section = f"<!-- {self.slug} -->\n## {self.title}\n\n{self.about}\n\n{self.table()}\n\n{self.verdicts()}\n\n{made}\n<!-- /{self.slug} -->"
+        found = re.findall(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- /\1 -->", page, re.DOTALL)
+        sections = {
+            slug: re.search(rf"<!-- {slug} -->\n.*?<!-- /{slug} -->", page, re.DOTALL).group(0) for slug in found
+        }
+        head = re.split(r"<!-- [a-z0-9-]+ -->", page, maxsplit=1)[0].rstrip()
+        sections[self.slug] = section
+        write_text(PAGE, "\n\n".join([head, *(sections[slug] for slug in sorted(sections))]) + "\n")
+
+
+def shown(value: Any) -> str:
+    """A number with three digits, anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Smallest to largest."""
+    return shown(min(values)) if min(values) == max(values) else f"{shown(min(values))} to {shown(max(values))}"

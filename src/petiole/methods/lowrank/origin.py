@@ -1,0 +1,83 @@
+"""What methods share that start from the base weight: where they may sit, how they read it, and how a file names it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petiole.anatomy import Anatomy, Site
+from petiole.errors import AttachError
+from petiole.method import Base, Layers
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_SEVERAL = {"qkv": "q, k, v", "gate_up": "gate, up"}
+
+
+def linears(
+    slug: str,
+    anatomy: Anatomy,
+    roles: Sequence[str] | None,
+    layers: Layers,
+    *,
+    convolutions: bool = False,
+    fused: bool = True,
+) -> list[Site]:
+    """The linears of these roles.
+
+    Args:
+        roles: None for those of the usual seven that the backbone has.
+        convolutions: whether those will do too, if they are not in groups.
+        fused: whether several projections in one tensor may be taken for one weight.
+
+    Raises:
+        AttachError: a role is no linear, or is several of them.
+    """
+    chosen = tuple(role for role in LINEARS if role in anatomy.roles) if roles is None else tuple(roles)
+    sites = anatomy.sites(chosen, layers)
+    for site in sites:
+        if site.kind not in ("linear", "parameter") and not (convolutions and site.kind == "conv" and site.groups == 1):
+            groups = f" in {site.groups} groups" if site.groups > 1 else ""
+            raise AttachError(f"{slug}: {site.key} is a {site.kind}{groups}; it is defined for linears")
+        if not fused and site.role in _SEVERAL:
+            raise AttachError(f"{slug}: {site.key} is several weights in one tensor; name them: {_SEVERAL[site.role]}")
+    return sites
+
+
+def largest_rank(site: Site) -> int:
+    """The smaller side of the weight; a convolution's kernel counts with its input."""
+    return min(site.out_features, site.in_features * torch.Size(site.kernel).numel())
+
+
+def check_rank(slug: str, site: Site, rank: int) -> None:
+    """Raises AttachError: the weight at the site has no such rank."""
+    if rank > largest_rank(site):
+        raise AttachError(f"{slug}: rank = {rank}, but the weight at {site.key} allows 1 to {largest_rank(site)}")
+
+
+def weight_of(slug: str, base: Base) -> Tensor:
+    """The frozen W (out, in, ...), in float32 or better.
+
+    Raises:
+        AttachError: it is quantised without a way back, or not finite.
+    """
+    weight = base.weight
+    if not weight.is_floating_point():
+        raise AttachError(
+            f"{slug} starts from the weight, but {base.site.key} is {weight.dtype} and can't be dequantised"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise AttachError(f"{slug}: the weight at {base.site.key} is not finite")
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def digest(*tensors: Tensor) -> str:
+    """Of every byte: what is built from a weight depends on all of it."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{plain.dtype} {tuple(plain.shape)}\n".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
