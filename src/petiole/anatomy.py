@@ -244,15 +244,17 @@ class Anatomy:
 
     def _unknown(self, asked: str, request: str) -> AnatomyError:
         role = asked.rpartition(":")[2]
+        bare = role.rpartition(".")[2]
         names = sorted(
             {n for s in self._everything() for n in (s.role, f"{s.within}.{s.role}" if s.within else s.role)}
         )
         modules = sorted({s.path.rpartition(".")[2] for s in self._everything() if s.path})
-        why = next((note for note in self.notes if role.rpartition(".")[2] in note.partition(":")[0].split("/")), "")
+        why = next((note.partition(":")[2] for note in self.notes if bare in note.partition(":")[0].split("/")), "")
+        by_hand = f"To name it by hand: pt.anatomy(model, roles={{{role!r}: 'path.in.a.block'}}){_near(bare, modules, 'modules like it')}"
         return AnatomyError(
-            f"{self.model_class}: no {asked!r} in its blocks ({request}){_near(role, names)}{'; ' + why.partition(':')[2].strip() if why else ''}\n"
+            f"{self.model_class}: no {asked!r} in its blocks ({request}){_near(role, names)}{';' + why if why else ''}\n"
             f"found: {self._found()}\n"
-            f"To name it by hand: anatomy(model, roles={{{role.rpartition('.')[2]!r}: 'path.in.a.block'}}){_near(role, modules, 'modules like it')}"
+            + (by_hand if bare in ROLES else f"there is no such role; roles are {', '.join(ROLES)}")
         )
 
     def _found(self) -> str:

@@ -89,7 +89,7 @@ def has_tensor(module: nn.Module, name: str) -> bool:
     """Whether a module has a tensor of that name, found without computing it."""
     if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
         return True
-    return name in getattr(module, "parametrizations", ()) or isinstance(getattr(type(module), name, None), property)
+    return name in getattr(module, "parametrizations", ()) or getattr(type(module), name, None) is not None
 
 
 def join(*parts: str) -> str:

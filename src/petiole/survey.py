@@ -46,7 +46,7 @@ def dissect(model: nn.Module, stacks: Mapping[str, str], by_hand: Mapping[str, s
         raise AnatomyError(
             f"{type(model).__name__}: no list of two or more blocks of one kind was found; "
             + (f"its lists are {', '.join(lists[:6])}" if lists else "it holds no ModuleList or Sequential")
-            + "\nTo name one by hand: anatomy(model, stacks={'encoder': 'path.of.the.list'})"
+            + "\nTo name one by hand: pt.anatomy(model, stacks={'encoder': 'path.of.the.list'})"
         )
     if not stacks:
         name_rows(model, rows)
