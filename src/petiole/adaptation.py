@@ -245,6 +245,19 @@ class Adaptation:
 
         return export(self, folder, for_=for_, rank=rank, max_error=max_error, check=check)
 
+    def restore(self, path: str | Path) -> None:
+        """Put the values of a file back into what is attached, IN PLACE: to resume a run, or to go back to a better moment.
+
+        The file must come from `save(path, folded=False)` of the same methods on the same backbone. Sizes that changed in training
+        follow, so make the optimiser after this.
+
+        Raises:
+            FileError: it is damaged, or of another configuration or backbone.
+        """
+        from petiole.store import refill
+
+        refill(self, Path(path))
+
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the file to the Hub; `pt.load(model, "hub:owner/name")` reads it from there."""
         from petiole.store import push

@@ -204,7 +204,7 @@ class Host:
         self.junctions: dict[tuple[str, bool], tuple[Junction, list[Any]]] = {}
         self.attention_configs: list[tuple[Any, Any]] = []
         self.training: Any = None  # a weak reference to the `Events` of the run that goes on, if any
-        self.owes_terms = False  # whether a forward pass in training gave no loss to which terms could be added
+        self.owes_terms = False  # whether the loss of this step still lacks the terms of methods
         self.merges: list[
             tuple[Adaptation, set[tuple[str, str]]]
         ] = []  # what was merged into which tensors, oldest first
@@ -336,11 +336,14 @@ class Host:
         return output
 
     def add_terms(self, inputs: Any, output: Any) -> None:
-        """Add the methods' loss terms to the model's own loss; where it gave none, whoever computes one owes them."""
+        """Add the methods' loss terms to the model's own loss; where it gave none, whoever computes one owes them.
+
+        Compiled code does not come here, so a run of events owes them until this has been seen to happen.
+        """
         acting = [a for a in self.adaptations.values() if self.acts(a.name) and a.has_loss_terms]
         loss = getattr(output, "loss", None)
+        self.owes_terms = bool(acting) and not isinstance(loss, Tensor)
         if not isinstance(loss, Tensor):
-            self.owes_terms = self.owes_terms or bool(acting)
             return
         if found := [term for adaptation in acting for term in adaptation.loss_terms()]:
             output["loss"] = loss = terms.add(loss, found, terms.share(self.model, inputs))

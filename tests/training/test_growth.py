@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, Se
 import petiole as pt
 import tiny
 from petiole.errors import ConfigError, TrainingError
-from petiole.store import refill
 from petiole.training import Events, parameter_groups
 from training.toys import Blocks, Growing, Kinds, arguments, bert, rows
 
@@ -178,7 +177,7 @@ def test_a_plain_loop_resumes_to_the_same_bits(tmp_path: Path) -> None:
     torch.save(kept, tmp_path / "kept.pt")
 
     again = Watcher(Growing(warmup_steps=2), linear, seed=0)
-    refill(again.tuned, tmp_path / "here.petiole.safetensors")
+    again.tuned.restore(tmp_path / "here.petiole.safetensors")
     for part, state in zip(
         (again.events, again.optimizer, again.scheduler), torch.load(tmp_path / "kept.pt"), strict=True
     ):
@@ -194,7 +193,7 @@ def test_going_back_to_a_smaller_structure(tmp_path: Path) -> None:
     run = Watcher(Growing())
     run.tuned.save(tmp_path / "small.petiole.safetensors", folded=False)
     run.step(2)
-    refill(run.tuned, tmp_path / "small.petiole.safetensors")
+    run.tuned.restore(tmp_path / "small.petiole.safetensors")
     assert [len(b.A) for b in run.blocks] == [1] * 4
 
 

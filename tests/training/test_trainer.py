@@ -42,6 +42,11 @@ def tokens(count: int) -> list[dict[str, Tensor]]:
     return made
 
 
+def images(count: int) -> list[dict[str, Tensor]]:
+    picture = tiny.batch("vit")["pixel_values"][0]
+    return [{"pixel_values": picture * (i + 1) / count, "labels": torch.tensor(i % 3)} for i in range(count)]
+
+
 def result(
     folder: Path, method: Any, cls: type[HFTrainer] = pt.Trainer, family: str = "bert", **changes: Any
 ) -> Tensor:
@@ -146,6 +151,22 @@ def test_a_loss_of_ones_own_must_take_the_terms_along(tmp_path: Path) -> None:
         result(tmp_path, Pull(), HFTrainer, compute_loss_func=cross_entropy)
 
 
+def test_terms_are_added_beside_compiled_code(tmp_path: Path) -> None:
+    """Compiled code runs no hook that could add them: the trainer sees that they are owed."""
+    changes = {"family": "vit", "data": images(8), "gradient_accumulation_steps": 2, "max_steps": 2}
+    methods = [pt.LoRA(rank=2), Pull(weight=0.05)]
+    plain = result(tmp_path, methods, **changes)
+    compiled = result(tmp_path, methods, **changes, torch_compile=True, torch_compile_backend="eager")
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_one_callback_is_enough(tmp_path: Path) -> None:
+    model = bert()
+    pt.attach(model, pt.LoRA(rank=2))
+    run = pt.Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[PetioleCallback()])
+    assert sum(isinstance(c, PetioleCallback) for c in run.callback_handler.callbacks) == 1
+
+
 def test_events_come_in_order_with_the_run_in_view(tmp_path: Path) -> None:
     seen: list[tuple[Any, ...]] = []
 
@@ -207,8 +228,7 @@ def test_the_first_loss_that_is_not_finite_stops_the_run_and_names_step_site_and
 def test_an_input_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model = tiny.model("vit")
     pt.attach(model, pt.LoRA(rank=2))
-    batch = tiny.batch("vit")
-    data = [{"pixel_values": batch["pixel_values"][0].clone(), "labels": torch.tensor(i % 3)} for i in range(8)]
+    data = images(8)
     data[5]["pixel_values"][0, 0, 0] = torch.nan
     with pytest.raises(
         TrainingError, match=r"step [12]: the loss is nan; the input 'pixel_values' is not finite in row \d\n"

@@ -96,6 +96,11 @@ class Events:
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {"lr": 0.0}
         return float(group["lr"]) / group.get(groups.FACTOR, 1.0)
 
+    @property
+    def has_terms(self) -> bool:
+        """Whether some method adds to the loss."""
+        return any(adaptation.has_loss_terms for adaptation in self.adaptations)
+
     # ---- the events
 
     def moment(self, adaptation: Adaptation, number: int) -> Moment:
@@ -149,7 +154,7 @@ class Events:
     def before_step(self) -> None:
         """Before the forward pass of an optimiser step."""
         self.fire("before_step")
-        self.host.owes_terms, self.averaged_late, self.loss = False, not self.late, None
+        self.host.owes_terms, self.averaged_late, self.loss = self.has_terms, not self.late, None
         if self.prove and self.proofs is None:
             self.proofs = [Proof(adaptation) for adaptation in self.adaptations]
 
@@ -186,7 +191,7 @@ class Events:
         if self.host.owes_terms:
             slugs = [m.slug for a in self.adaptations for m in a.methods if m.overrides("loss")]
             raise TrainingError(
-                f"step {self.step + 1}: the loss lacks the extra terms of {some(slugs)}, since the model returned no loss\n"
+                f"step {self.step + 1}: the loss lacks the extra terms of {some(slugs)}: the model returned none, or ran compiled\n"
                 "add events.extra_loss() to the one you compute (pt.Trainer does it in compute_loss)"
             )
         if not self.averaged_late and processes.count() > 1:

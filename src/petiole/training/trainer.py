@@ -56,6 +56,7 @@ class Trainer(HFTrainer):
         need_host(inner(self.model))
         self.refuse_unfit()
         self.args.logging_nan_inf_filter = False  # the run stops at the first such loss: nothing is left to hide
+        self.pop_callback(PetioleCallback)  # one is enough: events must not fire twice
         self.petiole = PetioleCallback(prove=prove)
         self.add_callback(self.petiole)
         self.skipped: list[tuple[Path, str]] = []
@@ -120,6 +121,9 @@ class Trainer(HFTrainer):
             self.resumed = read_events(folder)
         self.petiole.epochs = self.resumed.get("epochs")
         self.petiole.batches = Batches(self)
+        if self.args.save_strategy != "no" and self.is_world_process_zero():
+            stored = sum(p.numel() * (p.element_size() + 8) for a in self.adaptations.values() for p in a.parameters())
+            files.check_writable(self.args.output_dir, 2 * stored)  # before the run, not at its first checkpoint
         if self.model_init is not None:
             return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
         with only_acting(inner(self.model)):
@@ -207,15 +211,16 @@ class Trainer(HFTrainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As the HF Trainer's; where the model itself gave no loss (label smoothing, `compute_loss_func`), terms are added here."""
+        """As the HF Trainer's. Where the model gave no loss (label smoothing, `compute_loss_func`) or ran compiled, terms come here."""
+        events, host = self.petiole.events, need_host(inner(self.model))
+        if events is None or not model.training or not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        host.owes_terms = events.has_terms
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        host = need_host(inner(self.model))
-        if host.owes_terms and self.petiole.events is not None and model.training:
-            extra = self.petiole.events.extra_loss()
-            if extra is not None:
-                scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-                once = self.current_gradient_accumulation_steps if scaled or self.compute_loss_func is not None else 1
-                loss = loss + (extra / once).to(loss.device, loss.dtype)
+        if host.owes_terms and (extra := events.extra_loss()) is not None:
+            scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            once = self.current_gradient_accumulation_steps if scaled or self.compute_loss_func is not None else 1
+            loss = loss + (extra / once).to(loss.device, loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
     # ---- groups of the optimiser
