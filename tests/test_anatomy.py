@@ -663,9 +663,6 @@ def test_the_attention_interface_is_told(name: str) -> None:
         assert cores <= seen if stack.attention_interface else not cores & seen
 
 
-ROTATED = ("q_norm", "q_b_proj")  # what else happens to queries on the way: normalised, or made in two steps
-
-
 @pytest.mark.parametrize(
     "name", [name for name in TRANSFORMERS if INTERFACE[name] and name not in ("codegen", "deepseek_v3")]
 )

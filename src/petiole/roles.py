@@ -20,7 +20,6 @@ ROLES: tuple[str, ...] = get_args(Role)
 ATTENTION_ROLES = ("q", "k", "v", "o", "qkv")
 FFN_ROLES = ("up", "gate", "down", "gate_up", "router")
 OUTSIDE_ROLES: tuple[str, ...] = get_args(OutsideRole)
-WITHIN = ("attention", "cross_attention", "ffn", "mixer")
 
 
 def _names(**table: str) -> dict[str, frozenset[str]]:
