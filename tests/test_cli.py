@@ -61,8 +61,8 @@ def tuned(here: Path) -> Path:
 
 
 def seconds_to(statement: str) -> float:
-    """Median time of a statement in a fresh interpreter that has imported torch already."""
-    script = f"import time, torch; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    """Median processor time of a statement in a fresh interpreter that has imported torch already."""
+    script = f"import time, torch; start = time.process_time(); {statement}; print(time.process_time() - start)"
     times = [
         float(
             subprocess.run(

@@ -20,6 +20,7 @@ from petiole import files
 from petiole.compare import bench as benches
 from petiole.compare.bench import Bench, Changed
 from petiole.compare.contenders import contenders
+from petiole.compare.report import inline
 from petiole.compare.run import Comparison, compare
 from petiole.compare.search import Proposal
 from petiole.compare.settings import Settings
@@ -100,6 +101,7 @@ def test_the_folder_holds_the_whole_run(finished: Comparison) -> None:
         "trials.jsonl",
         "results.json",
         "report.md",
+        "report.html",
         "score-params.png",
         "loss.png",
         "learning.png",
@@ -115,6 +117,17 @@ def test_the_folder_holds_the_whole_run(finished: Comparison) -> None:
     for picture in (line for line in report.splitlines() if line.startswith("![")):
         assert (folder / picture.rpartition("(")[2].rstrip(")")).is_file()
     assert files.read_json(folder / "results.json") == json.loads(json.dumps(finished.to_dict()))
+
+
+def test_the_page_holds_the_whole_report_and_fetches_nothing(finished: Comparison) -> None:
+    page = (finished.folder / "report.html").read_text()
+    for row in finished.rows:
+        assert f"<td>{row.label}</td>" in page
+    assert page.count("<img ") == len(list(finished.folder.glob("*.png"))) and page.count(
+        'src="data:image/png;base64,'
+    ) == page.count("<img ")
+    assert "http" not in page and "<script" not in page and "**" not in page and "`" not in page
+    assert inline("**a** `<b>` & c") == "<strong>a</strong> <code>&lt;b&gt;</code> &amp; c"
 
 
 def test_a_kept_adaptation_scores_as_its_row_says(finished: Comparison, here: Path) -> None:

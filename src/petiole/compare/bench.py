@@ -24,7 +24,7 @@ from petiole.compare.contenders import Contender
 from petiole.compare.forgetting import Forgetting
 from petiole.compare.results import Trial, key_of
 from petiole.compare.search import Proposal
-from petiole.compare.settings import SEARCH_SEED, Settings, digest
+from petiole.compare.settings import SEARCH_SEED, Settings, digest, sample
 from petiole.errors import FileError, PetioleError
 from petiole.tune import Course, OnStep, measured, train
 
@@ -82,6 +82,7 @@ class Bench:
             data=f"{self.task.name} {digest({name: sample(rows) for name, rows in self.data.splits.items()})}",
             versions={"petiole": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             device=self.device_name,
+            forgetting_data=self.forgetting.digest if self.forgetting is not None else None,
             total_steps=self.steps,
         )
 
@@ -267,12 +268,6 @@ def file_name(label: str) -> str:
     """A label as a file's name: what is unusual there is replaced, and a digest keeps two apart."""
     plain = re.sub(r"[^A-Za-z0-9_+=-]+", "-", label).strip("-")[:80]
     return plain if plain == label else f"{plain}-{digest(label)[:6]}"
-
-
-def sample(rows: Any, most: int = 200) -> Any:
-    """The size of a split and some of its rows, evenly spread."""
-    chosen = range(0, len(rows), max(1, len(rows) // most))
-    return [len(rows), digest(rows.with_format("arrow")[list(chosen)].to_pylist())]
 
 
 def reason_of(error: BaseException, batch_size: int) -> str:

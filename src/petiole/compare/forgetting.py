@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from petiole.attach import HEAD, attach, head_names
+from petiole.compare.settings import Settings, digest, sample
 from petiole.errors import AttachError, DataError
 
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
-    from petiole.compare.settings import Settings
 
 
 class Forgetting:
@@ -55,6 +55,7 @@ class Forgetting:
         self.heads = head_names(self.model, anatomy(self.model))
         self.device, self.batch_size = device, 2 * settings.batch_size
         self.before = self.score(self.model.to(device))
+        self.digest = digest(sample(data.splits[self.split]))
         self.description = f"{source} ({self.split}, {len(data.splits[self.split])} rows)"
 
     def score(self, model: nn.Module) -> float:
