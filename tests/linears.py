@@ -54,13 +54,16 @@ def parts(model: OneLinear) -> pt.Anatomy:
 
 
 def attached(method: pt.Method, W: Tensor, b: Tensor | None = None, seed: int = 0) -> tuple[OneLinear, Any]:
-    """The model with the method on its first block, and the delta, whose parameters have the dtype of W."""
+    """The model with the method on its first block, and the delta, in float64 where W is."""
     model = OneLinear(W, b)
-    tuned = pt.attach(model, method.model_copy(update={"layers": (0,), "roles": ("q",)}), seed=seed, found=parts(model))
-    delta = tuned.slots[0].delta
-    for parameter in delta.parameters():
-        parameter.data = parameter.data.to(W.dtype)
-    return model, delta
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(W.dtype if W.dtype == torch.float64 else torch.float32)
+    try:
+        chosen = method.model_copy(update={"layers": (0,), "roles": ("q",)})
+        tuned = pt.attach(model, chosen, seed=seed, found=parts(model))
+    finally:
+        torch.set_default_dtype(usual)
+    return model, tuned.slots[0].delta
 
 
 def of(model: nn.Module, name: str = "default") -> pt.Adaptation:
@@ -114,8 +117,8 @@ class Case:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
 
     def option(self, name: str, default: Any = ...) -> Any:
         self._unread.discard(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError
-from petiole.method import Base, Layers
+from petiole.method import Base, Layers, raw
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 _SEVERAL = {"qkv": "q, k, v", "gate_up": "gate, up"}
@@ -61,16 +61,20 @@ def weight_of(slug: str, base: Base) -> Tensor:
     """The frozen W (out, in, ...), in float32 or better.
 
     Raises:
-        AttachError: it is quantised without a way back, or not finite.
+        AttachError: it is quantised without a way back.
     """
+    own = raw(base.module, base.site.parameter)
+    if not (own.is_floating_point() or own.is_quantized or type(own).dequantize is not Tensor.dequantize):
+        # torch's own `dequantize` would give bare integers back without their scale
+        raise AttachError(f"{slug} needs the weight at {base.site.key}, which is {own.dtype} and can't be dequantised")
     weight = base.weight
-    if not weight.is_floating_point():
-        raise AttachError(
-            f"{slug} starts from the weight, but {base.site.key} is {weight.dtype} and can't be dequantised"
-        )
-    if not bool(torch.isfinite(weight).all()):
-        raise AttachError(f"{slug}: the weight at {base.site.key} is not finite")
     return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def check_finite(slug: str, site: Site, *tensors: Tensor) -> None:
+    """Raises AttachError: the weight, or the part of it that is used, is not finite."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise AttachError(f"{slug}: the weight at {site.key} is not finite")
 
 
 def digest(*tensors: Tensor) -> str:

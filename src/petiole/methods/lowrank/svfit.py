@@ -29,7 +29,7 @@ from petiole.errors import AttachError
 from petiole.factored import Parts
 from petiole.method import Base, Layers, Method, Place, convolve, layers_field, read_weight
 from petiole.methods.lowrank.factors import Product, convolve_1x1
-from petiole.methods.lowrank.origin import check_rank, digest, largest_rank, linears, weight_of
+from petiole.methods.lowrank.origin import check_finite, check_rank, digest, largest_rank, linears, weight_of
 
 _ENERGY = 0.99
 _GAP = 1e-8  # of the largest singular value: two that lie closer have no directions of their own
@@ -124,6 +124,7 @@ class Spectrum(Product):
 
     def initialise(self, generator: torch.Generator, base: Base) -> None:
         W = weight_of("svfit", base)
+        check_finite("svfit", self.site, W)
         U, s, V = self.decompose(W.flatten(1), generator)
         rank = self.choose(s, W)
         gaps = s[:rank] - s[1 : rank + 1] if rank < len(s) else s[:-1] - s[1:]
