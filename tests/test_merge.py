@@ -89,18 +89,9 @@ EVERY_LAYOUT = {
 
 @pytest.mark.parametrize("family", EVERY_LAYOUT)
 def test_merged_gives_what_the_forward_pass_gave(family: str) -> None:
-    model, batch = tiny.model(family), tiny.batch(family)
+    model, batch = toys.model(family), tiny.batch(family)
     bare = output(model, batch)
-    roles = EVERY_LAYOUT[family]
-
-    def place(anatomy: Anatomy) -> list[Place]:
-        sites = anatomy.sites(list(roles))
-        return [
-            Place(s, Dense(s, tuple(model.get_submodule(s.path).weight.shape[2:]) if s.kind == "conv" else ()))
-            for s in sites
-        ]
-
-    tuned = pt.attach(model, toys.method(place, merges=True))
+    tuned = pt.attach(model, toys.method(on(EVERY_LAYOUT[family], Dense), merges=True))
     attached = output(model, batch)
     assert not torch.allclose(attached, bare, atol=1e-3)
     change = tuned.merge(check=batch)
@@ -132,7 +123,7 @@ ORDERS: dict[str, Callable[[], list[pt.Method]]] = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_several_changes_of_one_weight_merge_in_the_order_of_the_forward_pass(order: str) -> None:
     """What scales an input was merged as if what came after it did not see that input."""
-    model, batch = tiny.model("bert"), tiny.batch("bert")
+    model, batch = toys.model("bert"), tiny.batch("bert")
     tuned = pt.attach(model, ORDERS[order]())
     attached = output(model, batch)
     tuned.merge()
@@ -141,7 +132,7 @@ def test_several_changes_of_one_weight_merge_in_the_order_of_the_forward_pass(or
 
 def test_a_part_of_a_fused_weight_sees_what_was_done_to_the_whole() -> None:
     """A change of q that starts from the weight did not see an earlier one of the whole qkv."""
-    model, batch = tiny.model("gpt2"), tiny.batch("gpt2")
+    model, batch = toys.model("gpt2"), tiny.batch("gpt2")
     tuned = pt.attach(model, [changes(Dense, "qkv"), changes(Times, "q")])
     attached = output(model, batch)
     tuned.merge()
@@ -150,7 +141,7 @@ def test_a_part_of_a_fused_weight_sees_what_was_done_to_the_whole() -> None:
 
 def test_merging_keeps_the_precision_of_the_weights() -> None:
     """Double-precision weights lost half their digits on the way through float32."""
-    model = tiny.model("bert").double()
+    model = toys.model("bert").double()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tuned = pt.attach(model, changes(lambda s: Dense(s, size=0.0), "q"))
     tuned.merge()
@@ -159,7 +150,7 @@ def test_merging_keeps_the_precision_of_the_weights() -> None:
 
 
 def test_merged_and_detached_is_a_plain_model() -> None:
-    model, batch = tiny.model("bert"), tiny.batch("bert")
+    model, batch = toys.model("bert"), tiny.batch("bert")
     before = toys.snapshot(model)
     tuned = pt.attach(model, changes(Dense, "q"), train_head=False)
     attached = output(model, batch)
@@ -173,7 +164,7 @@ def test_merged_and_detached_is_a_plain_model() -> None:
 
 
 def test_the_head_merges_too() -> None:
-    model, batch = tiny.model("bert"), tiny.batch("bert")
+    model, batch = toys.model("bert"), tiny.batch("bert")
     bare = output(model, batch)
     tuned = pt.attach(model, changes(Dense, "q"))
     shake(tuned)
@@ -189,7 +180,7 @@ def test_the_head_merges_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_thousand_merges_and_unmerges_change_no_bit(dtype: torch.dtype) -> None:
-    model = tiny.model("bert", num_hidden_layers=1).to(dtype)
+    model = toys.model("bert", num_hidden_layers=1).to(dtype)
     before = toys.snapshot(model)["state"]
     tuned = pt.attach(model, changes(Dense, "q"), train_head=False)
     with torch.no_grad():
@@ -202,7 +193,7 @@ def test_a_thousand_merges_and_unmerges_change_no_bit(dtype: torch.dtype) -> Non
 
 def test_merges_into_the_same_weights_are_undone_last_first() -> None:
     """Undone first first, the weights kept the first change for good."""
-    model = tiny.model("bert")
+    model = toys.model("bert")
     before = toys.snapshot(model)["state"]
     first = pt.attach(model, changes(Dense, "q"), name="first", train_head=False)
     second = pt.attach(model, changes(Dense, "q"), name="second", train_head=False)
@@ -217,7 +208,7 @@ def test_merges_into_the_same_weights_are_undone_last_first() -> None:
 
 
 def test_merges_into_other_weights_are_undone_in_any_order() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     before = toys.snapshot(model)["state"]
     first = pt.attach(model, changes(Dense, "q"), name="first", train_head=False)
     second = pt.attach(model, changes(Dense, "v"), name="second", train_head=False)
@@ -230,7 +221,7 @@ def test_merges_into_other_weights_are_undone_in_any_order() -> None:
 
 
 def test_what_was_merged_later_and_kept_is_not_lost() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     first = pt.attach(model, changes(Dense, "q"), name="first", train_head=False)
     second = pt.attach(model, changes(Dense, "q"), name="second", seed=1, train_head=False)
     first.merge()
@@ -255,7 +246,7 @@ def refused(model: nn.Module, tuned: pt.Adaptation, words: str, **options: Any) 
 
 
 def test_a_change_of_a_hidden_state_is_refused() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     method = toys.method(on(["ffn"], lambda s: toys.Affine(s.out_features)))
     refused(model, pt.attach(model, method), "can't be merged")
     claims = toys.method(on(["q"], lambda s: toys.Affine(s.out_features)), merges=True)
@@ -263,14 +254,14 @@ def test_a_change_of_a_hidden_state_is_refused() -> None:
 
 
 def test_a_weight_tied_to_another_place_is_refused() -> None:
-    model = tiny.model("gpt2")
+    model = toys.model("gpt2")
     tuned = pt.attach(model, toys.method(on(["embedding"], Dense), merges=True))
     refused(model, tuned, "lm_head.weight.*untie")
 
 
 def test_a_weight_that_is_computed_from_others_is_refused() -> None:
     """The merged values went into a temporary, and the model was the bare one after it."""
-    model = tiny.model("bert")
+    model = toys.model("bert")
     nn.utils.parametrizations.weight_norm(model.get_submodule("bert.encoder.layer.0.attention.self.query"))
     refused(model, pt.attach(model, changes(Dense, "q")), "parametrisation")
 
@@ -280,12 +271,12 @@ def test_a_missing_bias_is_refused() -> None:
         def bias(self, base: Tensor | None) -> Tensor:
             return self.shift
 
-    model = tiny.model("llama")
+    model = toys.model("llama")
     refused(model, pt.attach(model, changes(Biased, "q")), "no bias")
 
 
 def test_what_another_adaptation_trains_in_place_is_refused() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     pt.attach(
         model, toys.method(trains=lambda self, a, m: ["bert.encoder.layer.1.attention.self.query.weight"]), name="own"
     )
@@ -294,7 +285,7 @@ def test_what_another_adaptation_trains_in_place_is_refused() -> None:
 
 
 def test_nothing_trains_in_place_what_something_is_merged_into() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     name = "bert.encoder.layer.1.attention.self.query.weight"
     tuned = pt.attach(model, changes(Dense, "q"), name="delta")
     tuned.merge()
@@ -307,7 +298,7 @@ def test_nothing_trains_in_place_what_something_is_merged_into() -> None:
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_refused() -> None:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     tuned = pt.attach(model, changes(Dense, "q"))
     with pytest.raises(AttachError, match="is not merged"):
         tuned.unmerge()
@@ -333,7 +324,7 @@ class Quantised(nn.Linear):
 
 @pytest.fixture
 def quantised(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    model = tiny.model("bert")
+    model = toys.model("bert")
     for layer in model.bert.encoder.layer:
         layer.attention.self.query = Quantised(layer.attention.self.query)
     own = model.bert.encoder.layer[0].attention.self.query
@@ -359,7 +350,7 @@ def test_a_quantised_weight_is_replaced_only_when_told(quantised: nn.Module) -> 
 
 def test_no_forward_pass_is_promised_without_what_is_merged() -> None:
     """`disabled` gave the merged model for the bare one."""
-    model = tiny.model("bert")
+    model = toys.model("bert")
     tuned = pt.attach(model, changes(Dense, "q"), name="merged")
     pt.attach(model, changes(Dense, "v"), name="other")
     tuned.merge()
@@ -384,7 +375,7 @@ def test_no_forward_pass_is_promised_without_what_is_merged() -> None:
 def test_the_file_does_not_change_by_merging(tmp_path: Any) -> None:
     """A bias that trains in place was stored with what was merged into it, and got it twice after loading."""
     names = [f"bert.encoder.layer.{i}.attention.self.key.bias" for i in range(2)]
-    model = tiny.model("bert")
+    model = toys.model("bert")
     tuned = pt.attach(model, [toys.method(trains=lambda self, a, m: names, merges=True), changes(Times, "k")])
     shake(tuned)
     before = tuned.save(tmp_path / "before.safetensors").read_bytes()
@@ -396,7 +387,7 @@ def test_the_file_does_not_change_by_merging(tmp_path: Any) -> None:
 
 def test_what_is_made_on_a_merged_backbone_belongs_to_that_one(tmp_path: Any) -> None:
     """Its file named the bare backbone, on which it gives other outputs."""
-    model = tiny.model("bert")
+    model = toys.model("bert")
     under = pt.attach(model, changes(Dense, "v"), name="under")
     bare = under.mark
     under.merge()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tiny
 from petiole.anatomy import Anatomy, Site
 from petiole.method import (
     _REGISTRY,
@@ -61,6 +62,16 @@ def registered(*classes: type[Method]) -> Iterator[None]:
         _REGISTRY.update(before)
 
 
+def model(family: str, /, **fields: Any) -> nn.Module:
+    """A tiny model with weights so large that every change of it is seen in its output, far above rounding."""
+    made = tiny.model(family, **fields)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.2 / parameter.std().clamp_min(1e-3))
+    return made
+
+
 def shake(adaptation: Any, size: float = 0.1, seed: int = 1) -> None:
     """Move every trainable parameter, as training would."""
     generator = torch.Generator().manual_seed(seed)
@@ -70,8 +81,9 @@ def shake(adaptation: Any, size: float = 0.1, seed: int = 1) -> None:
 
 
 def output(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The logits or first tensor of a forward pass without gradient."""
-    with torch.no_grad():
+    """The logits or first tensor of a forward pass without gradient, always with the same random numbers."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         return first(model(**batch))
 
 
@@ -115,15 +127,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 class Dense(WeightDelta):
     """Any ΔW and Δb, with the forward pass that the core falls back to."""
 
-    def __init__(self, site: Site, kernel: tuple[int, ...] = (), size: float = 0.1) -> None:
+    def __init__(self, site: Site, size: float = 0.1) -> None:
         super().__init__()
         self.size = size
-        self.change = nn.Parameter(torch.empty(site.out_features, site.in_features, *kernel))
+        self.change = nn.Parameter(torch.empty(site.out_features, site.in_features))
         self.shift = nn.Parameter(torch.empty(site.out_features))
 
     def initialise(self, generator: torch.Generator, base: Base) -> None:
-        assert self.change.shape == base.weight.shape
-        self.change.normal_(0, self.size, generator=generator)
+        self.change = nn.Parameter(torch.empty(base.weight.shape).normal_(0, self.size, generator=generator))
         self.shift.normal_(0, self.size, generator=generator)
 
     def weight(self, base: Tensor) -> Tensor:

@@ -62,14 +62,10 @@ class Adaptation:
             folded: as deployed, training-only devices folded away; otherwise as training needs them.
         """
         tensors: dict[str, Tensor] = {}
-        for slot in self.slots:
-            state = slot.delta.folded_state() if folded else slot.delta.state_dict()
-            tensors |= {f"{slot.key}:{name}": value.detach() for name, value in state.items()}
-        for number, shared in self.shared.items():
-            fold = getattr(shared, "folded_state", None) if folded else None
-            tensors |= {
-                f"{number}.shared:{name}": value.detach() for name, value in (fold or shared.state_dict)().items()
-            }
+        for key, module in self.modules():
+            fold = getattr(module, "folded_state", None) if folded else None
+            tensors |= {f"{key}:{name}": value.detach() for name, value in (fold or module.state_dict)().items()}
+        tensors = once(tensors)
         for name in self.own:
             owner, _, attribute = name.rpartition(".")
             kept = self._kept.get((owner, attribute))  # where a merge has added something to it
@@ -110,7 +106,7 @@ class Adaptation:
 
     def moment(self, number: int, **about: Any) -> Moment:
         """What an event of method `number` is given."""
-        deltas = {f"{s.site.key}.{s.site.side}": s.delta for s in self.slots if s.number == number}
+        deltas = {s.key.partition(".")[2]: s.delta for s in self.slots if s.number == number}
         from petiole.attach import site_seed
 
         seed = site_seed(self.seed, f"{number}.moment")
@@ -263,3 +259,15 @@ class Adaptation:
         from petiole.store import push
 
         return push(self, repository, **options)
+
+
+def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without second names for one tensor: what several deltas hold in common is stored under the first of its names."""
+    seen: set[Any] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.device.type == "meta" or not tensor.numel() or place not in seen:
+            found[name] = tensor
+        seen.add(place)
+    return found

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ from petiole.junction import (
     of_output,
 )
 from petiole.method import (
+    ASIDE,
     AttentionDelta,
     Base,
     BlockDelta,
@@ -68,11 +70,24 @@ class Plan:
     shared: dict[int, nn.Module] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
 
+    def keyed(self) -> list[tuple[str, int, Place]]:
+        """Each place with its key: "0.encoder.3.q.output"; a second delta at one place of a method gets ".1" behind it."""
+        count: dict[str, int] = {}
+        found = []
+        for number, place in self.places:
+            key = f"{number}.{place.site.key}.{place.site.side}"
+            found.append((f"{key}.{count[key]}" if key in count else key, number, place))
+            count[key] = count.get(key, 0) + 1
+        return found
+
 
 def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int, train_head: bool | None) -> Plan:
     """Build and initialise all deltas. The global random generator ends where it was."""
-    made = Plan(tuple(methods))
-    with torch.random.fork_rng(devices=[]):
+    made, host = Plan(tuple(methods)), host_of(model)
+    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:  # the new parameters would not be, and each process would train its own
+        raise AttachError(f"{sharded} is sharded over processes already: attach or load first, then shard (fully_shard)")
+    with torch.random.fork_rng(devices=[]), host.own_aside() if host is not None else nullcontext():
         for number, method in enumerate(methods):
             # For modules that initialise themselves when built: on CPU, so no other device's generator is touched.
             torch.default_generator.manual_seed(site_seed(seed, f"{number}"))
@@ -82,23 +97,20 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
                 made.shared[number] = shared
                 ready(shared, None, site_seed(seed, f"{number}.shared"), None)
             for place in places:
-                check_fits(method, place, found)
-                module = model.get_submodule(place.site.path)
-                base = Base(place.site, module)
-                ready(
-                    place.delta,
-                    base,
-                    site_seed(seed, f"{number}.{place.site.key}.{place.site.side}"),
-                    device_of(module, model),
-                )
-                made.places.append((number, place))
-            method.bind({f"{p.site.key}.{p.site.side}": p.delta for p in places}, shared)
+                check_fits(method, place, found, beneath(model.get_submodule(place.site.path)))
+            made.places += [(number, place) for place in places]
+            mine = {key: place for key, owner, place in made.keyed() if owner == number}
+            for key, place in mine.items():
+                module = beneath(model.get_submodule(place.site.path))
+                ready(place.delta, Base(place.site, module), site_seed(seed, key), device_of(module, model))
+            method.bind({key.partition(".")[2]: place.delta for key, place in mine.items()}, shared)
             made.trained += [name for name in method.trains(found, model) if name not in made.trained]
-    heads = found.heads()
-    if train_head and not heads:
-        raise AttachError(f"train_head=True, but {found.model_class} has no task head (a language-model head is none)")
-    if heads and train_head is not False:
-        for site in heads:
+        heads = found.heads()
+        if train_head and not heads:
+            raise AttachError(
+                f"train_head=True, but {found.model_class} has no task head (a language-model head is none)"
+            )
+        for site in heads if train_head is not False else ():
             module = model.get_submodule(site.path)
             own = {f"{site.path}.{name}" for name, _ in module.named_parameters()}
             if not own & set(made.trained):
@@ -108,8 +120,11 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
         double = next(key for key in keys if keys.count(key) > 1)
         raise AttachError(f"{methods[double[0]].slug}: two deltas of one kind on one site, {double[1]} ({double[2]})")
     if not made.trained and not any(p.requires_grad for p in parameters_of(made)):
-        what = ", ".join(method.slug for method in methods)
-        raise AttachError(f"{what} on {found.model_class}: nothing would train\nfound: {found.coverage()[:400]}")
+        what = ", ".join(method.slug or type(method).__name__ for method in methods)
+        raise AttachError(
+            f"{what} on {found.model_class}: nothing would train\nthe backbone has {', '.join(found.roles)}, and "
+            f"{'a' if heads else 'no'} task head"
+        )
     return made
 
 
@@ -145,9 +160,42 @@ def device_of(module: nn.Module, model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def check_fits(method: Method, place: Place, found: Anatomy) -> None:
-    """Refuse a delta where it can't act, before anything is attached."""
+def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) -> None:
+    """Refuse a delta where it can't act, or would change more than its site, before anything is attached."""
     site, delta = place.site, place.delta
+    where = f"{method.slug or type(method).__name__}: {site.key}"
+    if site.rows and isinstance(delta, HiddenDelta) and site.side == "input":
+        raise AttachError(
+            f"{where} is one part of a fused linear, so the others have the same input\n"
+            f"change its output instead, or the input of the whole"
+        )
+    if isinstance(delta, ModuleDelta) and (site.rows or site.path != site.exit):
+        raise AttachError(
+            f"{where} is {'a part of a' if site.rows else 'more than one'} module, which can't be renewed as one"
+        )
+    if isinstance(delta, (BlockDelta, StackDelta, TokenDelta)):
+        if site.role != "block" or (isinstance(delta, BlockDelta) and not site.path.rpartition(".")[2].isdecimal()):
+            raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
+        if site.repeats > 1 and isinstance(delta, StackDelta):
+            raise AttachError(
+                f"{where} runs {site.repeats} times in one forward pass, which a {type(delta).__name__} can't follow"
+            )
+    if site.kind == "embedding" and isinstance(delta, HiddenDelta) and site.side == "input":
+        raise AttachError(f"{where} takes the numbers of tokens, so only its output can change")
+    if site.kind == "embedding" and isinstance(delta, WeightDelta) and not looks_up(module):
+        raise AttachError(
+            f"{where} is a {type(module).__name__}, which does more than look up rows; change its output instead"
+        )
+    if getattr(module, "transposed", False) is True and isinstance(delta, WeightDelta):
+        raise AttachError(f"{where} is a transposed convolution, whose weight is not (out, in, …)")
+    if (
+        site.kind == "parameter"
+        and module._parameters.get(site.parameter) is None
+        and site.parameter not in module._buffers
+    ):
+        raise AttachError(
+            f"{where} is computed from other tensors (a parametrisation), so nothing can stand in its place"
+        )
     if isinstance(delta, WeightDelta) and site.kind not in ("linear", "conv", "embedding", "parameter"):
         raise AttachError(
             f"{method.slug}: {site.key} is a {site.kind}, which has no weight to change; name a linear role"
@@ -161,6 +209,11 @@ def check_fits(method: Method, place: Place, found: Anatomy) -> None:
             f"{method.slug} acts inside attention, but the attention of {found.model_class} ({site.stack}) does not go through "
             "Transformers' attention interface\nuse a method on hidden states or weights instead (lora, parallel-adapter, …)"
         )
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Whether an embedding gives rows of its weight, at most times a constant that it names."""
+    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
 class HeadDelta(ModuleDelta):
@@ -177,14 +230,15 @@ class HeadDelta(ModuleDelta):
 def clone(module: nn.Module) -> nn.Module:
     """A copy with parameters and buffers of its own, without hooks and without what petiole hung on it."""
     copy = module.__class__.__new__(module.__class__)
-    copy.__dict__.update(module.__dict__)
+    aside = module.__dict__.get(ASIDE, {})
+    copy.__dict__.update({name: value for name, value in module.__dict__.items() if name not in (ASIDE, *aside)})
     for name, value in nn.Module().__dict__.items():
         if name.endswith("hooks") or "_hooks_" in name:
             copy.__dict__[name] = type(value)() if value is not None else None
     copy._parameters = {
-        k: None if p is None else nn.Parameter(p.detach().clone()) for k, p in module._parameters.items()
+        k: None if p is None else nn.Parameter(aside.get(k, p).detach().clone()) for k, p in module._parameters.items()
     }
-    copy._buffers = {k: None if b is None else b.detach().clone() for k, b in module._buffers.items()}
+    copy._buffers = {k: None if b is None else aside.get(k, b).detach().clone() for k, b in module._buffers.items()}
     copy._modules = {k: None if m is None else clone(m) for k, m in module._modules.items() if not k.startswith(_CHILD)}
     return copy
 
@@ -210,14 +264,21 @@ class Host:
         ] = []  # what was merged into which tensors, oldest first
         self._paths: dict[str, nn.Module] = {}
         self._places: dict[str, list[tuple[str, str]]] = {}
+        self._first: dict[str, str] = {}
         self._lock = Lock()
-        modules = list(model.modules())
-        self._checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing")]
-        self._statistics = [(m, m.training) for m in modules if isinstance(getattr(m, "running_mean", None), Tensor)]
-        self._handles = [
-            model.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
-        ]
+        self._inside: dict[int, int] = {}  # by thread: how many entries are running
+        self._foreign = False  # whether a forward pass that needs gradients ran in a context
+        self._frozen: set[str] = set()  # layers with running statistics that were put in evaluation mode
+        self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._statistics = [n for n, m in model.named_modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+        self._handles = []
+        for module in model.modules():
+            # Generation, for one, calls an encoder without the model around it.
+            if module is model or callable(getattr(module, "get_input_embeddings", None)):
+                self._handles += [
+                    module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+                    module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+                ]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -238,7 +299,7 @@ class Host:
 
     def acts(self, adaptation: str) -> bool:
         """Whether an adaptation acts on any row of this forward pass."""
-        now = context.current()
+        now = self.now()
         if now is context.EMPTY:
             return adaptation in self.active
         rows = now.rows.get(id(self))
@@ -246,14 +307,27 @@ class Host:
             return any(adaptation in names for names in rows)
         return adaptation in now.active.get(id(self), self.active)
 
+    def now(self) -> context.Context:
+        """The context of this forward pass.
+
+        Raises:
+            AttachError: it is computed again for the backward pass, and its context is lost.
+        """
+        now = context.current()
+        if now is context.EMPTY and self._foreign and context.recomputing():
+            raise AttachError(
+                "a part of the model is computed again after the `with` in which it ran has ended\n"
+                "call backward inside the `with`; pt.given(model) without values will do for forward passes outside of any"
+            )
+        return now
+
     def row_names(self) -> tuple[Names, ...] | None:
         """Which adaptations act on each row; None where all rows are alike."""
-        return context.current().rows.get(id(self))
+        return self.now().rows.get(id(self))
 
     def rows(self, adaptation: str, h: Tensor | None) -> Tensor | None:
         """Indices of the rows of h on which an adaptation acts; None for all. Beams, windows and flattened tokens follow their row."""
-        now = context.current()
-        rows = None if now is context.EMPTY else now.rows.get(id(self))
+        rows = self.row_names()
         if rows is None:
             return None
         mine = torch.tensor([adaptation in names for names in rows])
@@ -267,14 +341,15 @@ class Host:
 
     def given(self, name: str, default: Any = None) -> Any:
         """A value that `pt.given` holds for this forward pass."""
-        return context.current().given.get(id(self), {}).get(name, default)
+        return self.now().given.get(id(self), {}).get(name, default)
 
     def prior(self, slot: Slot) -> list[tuple[Site, Any]] | None:
         """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise.
 
         None where they act on some of its rows and not on others.
         """
-        junction = self.junctions.get((slot.site.caller or slot.site.path, slot.site.kind == "parameter"))
+        path = self.first_path(slot.site.caller or slot.site.path)
+        junction = self.junctions.get((path, slot.site.kind == "parameter"))
         if junction is None or len(junction[0].slots) < 2:
             return []
         found: list[tuple[Site, Any]] = []
@@ -297,43 +372,122 @@ class Host:
             return site.core
         raise AttachError(f"{site.key}: it is not an attention that calls the interface")
 
-    # ---- around a forward pass of the whole model
+    # ---- around a forward pass of the whole model, or of a model within it that is called alone
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the root."""
+        """Forward pre-hook of the root and of every model within it."""
+        self.freeze_statistics()
         if torch.compiler.is_compiling():
+            self.refuse_aside()
             return
-        if module.training:
-            trained = self.own_names()
-            for layer, _ in self._statistics:
-                if not trained:
-                    layer.training = False  # a frozen backbone keeps its running statistics
-            if torch.is_grad_enabled():
-                for layer in self._checkpointing:
-                    function = getattr(layer, "_gradient_checkpointing_func", None)
-                    if layer.gradient_checkpointing and function is not None and not isinstance(function, Recall):
-                        layer._gradient_checkpointing_func = Recall(function)  # type: ignore[assignment]
-        silent = [a for a in self.adaptations.values() if a.own and not self.acts(a.name)]
-        if silent:
-            self._lock.acquire()
-            for adaptation in silent:
-                for name, original in adaptation.own.items():
-                    for owner, attribute in self.places_of(name):
-                        self.module(owner).__dict__[attribute] = original
+        if module.training and torch.is_grad_enabled():
+            self._foreign = self._foreign or context.current() is not context.EMPTY
+            for layer in self._checkpointing:
+                function = getattr(layer, "_gradient_checkpointing_func", None)
+                if layer.gradient_checkpointing and function is not None and not isinstance(function, Recall):
+                    layer._gradient_checkpointing_func = Recall(function, self)  # type: ignore[assignment]
+        self.begin()
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Forward hook of the root; called even when the forward failed."""
+        """Forward hook of the same; called even when the forward failed."""
         if torch.compiler.is_compiling():
             return None
-        if self._lock.held():
-            for adaptation in self.adaptations.values():
-                for name in adaptation.own:
-                    for owner, attribute in self.places_of(name):
-                        self.module(owner).__dict__.pop(attribute, None)
-            self._lock.release()
-        if module.training and torch.is_grad_enabled():
+        self.end()
+        if module is self.model and module.training and torch.is_grad_enabled():
             self.add_terms(kwargs, output)
         return output
+
+    def freeze_statistics(self) -> None:
+        """A layer keeps its running statistics, unless an adaptation that acts trains it in place."""
+        if not self._statistics:
+            return
+        moving = {name for a in self.adaptations.values() if a.own and self.acts(a.name) for name in a.own}
+        for path in self._statistics:
+            layer, frozen = self.module(path), f"{path}.running_mean" not in moving
+            if frozen and layer.training:
+                layer.training = False
+                self._frozen.add(path)
+            elif not frozen and path in self._frozen:
+                layer.training = self.model.training
+                self._frozen.discard(path)
+
+    def begin(self) -> None:
+        """What was trained in place and does not act now is put aside, for this thread's outermost pass. One thread at a time."""
+        me = threading.get_ident()
+        self._inside[me] = self._inside.get(me, 0) + 1
+        if self._inside[me] == 1 and any(a.own for a in self.adaptations.values()):
+            self._lock.acquire()
+            self.put_aside([a for a in self.adaptations.values() if not self.acts(a.name)])
+
+    def end(self) -> None:
+        me = threading.get_ident()
+        left = self._inside.pop(me, 0) - 1
+        if left > 0:
+            self._inside[me] = left
+        elif self._lock.held():
+            self.bring_back()
+            self._lock.release()
+
+    def put_aside(self, adaptations: Sequence[Adaptation]) -> None:
+        """Let the original values stand for what these adaptations trained."""
+        for adaptation in adaptations:
+            for name, original in adaptation.own.items():
+                for owner, attribute in self.places_of(name):
+                    module = self.module(owner)
+                    module.__dict__.setdefault(ASIDE, {})[attribute] = original
+                    module.__dict__[attribute] = original
+
+    def bring_back(self) -> None:
+        for adaptation in self.adaptations.values():
+            for name in adaptation.own:
+                for owner, attribute in self.places_of(name):
+                    module = self.module(owner)
+                    if attribute in module.__dict__.get(ASIDE, ()):
+                        del module.__dict__[attribute]
+                        del module.__dict__[ASIDE][attribute]
+                    if not module.__dict__.get(ASIDE, True):
+                        del module.__dict__[ASIDE]
+
+    @contextmanager
+    def own_aside(self) -> Iterator[None]:
+        """The backbone as it came, for looking at its tensors."""
+        with self._lock:
+            self.put_aside(list(self.adaptations.values()))
+            try:
+                yield
+            finally:
+                self.bring_back()
+
+    def refuse_aside(self) -> None:
+        """Compiled code takes parameters where they are, and would not see what stands for them."""
+        for adaptation in self.adaptations.values():
+            if adaptation.own and not self.acts(adaptation.name):
+                raise AttachError(
+                    f"{adaptation.name!r} has trained the backbone itself and does not act now, which compiled code can't see\n"
+                    "use the model uncompiled, or detach that adaptation"
+                )
+
+    @contextmanager
+    def resumed(self, held: Sequence[tuple[Slot, Any]]) -> Iterator[None]:
+        """As inside the forward pass in which `held` was held, for computing a part of it again."""
+        me = threading.get_ident()
+        before = self.holding()
+        self.begin()
+        try:
+            for slot, value in held:
+                slot._held[me] = value
+            yield
+        finally:
+            for slot, _ in held:
+                slot._held.pop(me, None)
+            for slot, value in before:
+                slot._held[me] = value
+            self.end()
+
+    def holding(self) -> list[tuple[Slot, Any]]:
+        """What slots have read in this thread and not yet used."""
+        me = threading.get_ident()
+        return [(s, s._held[me]) for a in self.adaptations.values() for s in a.slots if me in s._held]
 
     def add_terms(self, inputs: Any, output: Any) -> None:
         """Add the methods' loss terms to the model's own loss; where it gave none, whoever computes one owes them.
@@ -358,14 +512,21 @@ class Host:
     def places_of(self, name: str) -> list[tuple[str, str]]:
         """Every (module path, attribute) under which a tensor of the backbone stands: several where weights are tied."""
         if name not in self._places:
-            tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-            own = tensors[name]
+            own = self.tensor(name)
             every = (
                 *self.model.named_parameters(remove_duplicate=False),
                 *self.model.named_buffers(remove_duplicate=False),
             )
             self._places[name] = [(n.rpartition(".")[0], n.rpartition(".")[2]) for n, t in every if t is own]
         return self._places[name]
+
+    def first_path(self, path: str) -> str:
+        """The same for all paths of one module."""
+        if path not in self._first:
+            seen: dict[int, str] = {}
+            for name, module in self.model.named_modules(remove_duplicate=False):
+                self._first[name] = seen.setdefault(id(module), name)
+        return self._first.setdefault(path, path)
 
     def own_names(self) -> set[str]:
         """Names of the backbone's own parameters and statistics that some adaptation trains in place."""
@@ -375,7 +536,7 @@ class Host:
 
     def junction(self, path: str, parameter: bool) -> Junction:
         """The junction of the module at a path; made when first asked for."""
-        key = (path, parameter)
+        key = (path := self.first_path(path), parameter)
         if key not in self.junctions:
             module = self.module(path)
             junction: Junction = ParameterJunction() if parameter else Junction()
@@ -425,8 +586,8 @@ class Host:
         for layer in self._checkpointing:
             if isinstance(layer.__dict__.get("_gradient_checkpointing_func"), Recall):
                 layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.inner  # type: ignore
-        for layer, training in self._statistics:
-            layer.training = self.model.training if training else layer.training
+        for path in self._frozen:
+            self.module(path).training = self.model.training
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         del self.model.__dict__["_petiole"]
@@ -512,7 +673,7 @@ KINDS: tuple[tuple[type[Delta], type[Slot]], ...] = (
 )
 
 
-def slot_for(host: Host, name: str, number: int, place: Place) -> Slot:
+def slot_for(host: Host, name: str, number: int, place: Place, key: str) -> Slot:
     kind = (
         ParameterSlot
         if place.site.kind == "parameter"
@@ -520,7 +681,7 @@ def slot_for(host: Host, name: str, number: int, place: Place) -> Slot:
     )
     if kind is None:
         raise AttachError(f"{type(place.delta).__name__} is no kind of delta; subclass WeightDelta, HiddenDelta, …")
-    return kind(host, name, number, place)
+    return kind(host, name, number, place, key)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- public
@@ -584,7 +745,7 @@ def install(model: nn.Module, made: Plan, found: Anatomy, *, name: str, seed: in
     before, adaptation = host.active, None
     try:
         refuse_taken(host, made.trained)
-        slots = [slot_for(host, name, number, place) for number, place in made.places]
+        slots = [slot_for(host, name, number, place, key) for key, number, place in made.keyed()]
         adaptation = Adaptation(host, name, seed, made.methods, slots, made.shared, originals(model, made.trained))
         adaptation.mark = mark
         host.adaptations[name] = adaptation

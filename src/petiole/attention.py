@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petiole.errors import AttachError
-from petiole.junction import AttentionSlot
+from petiole.junction import AttentionSlot, on_rows
 from petiole.method import AttentionDelta
 
 if TYPE_CHECKING:
@@ -107,8 +107,17 @@ def attention(
     else:
         output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
     for slot in slots:
-        output = slot.delta.heads_output(output, query, key, value)
+        if type(slot.delta).heads_output is not AttentionDelta.heads_output:
+            output = of_rows(slot, slot.delta.heads_output, output, query, key, value)
     return output, weights
+
+
+def of_rows(slot: AttentionSlot, change: Callable[..., Tensor], first: Tensor, *rest: Tensor) -> Tensor:
+    """What a delta makes of its first argument, on the rows on which it acts."""
+    rows = slot.host.rows(slot.adaptation, first)
+    return on_rows(
+        first, rows, lambda own: change(own, *(t if rows is None else t.index_select(0, rows) for t in rest))
+    )
 
 
 def extend(
@@ -192,8 +201,10 @@ def explicit(
     if mask is not None:
         scores = scores + (additive(mask, scores.dtype) if mask.dtype == torch.bool else mask)
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if mask is not None and mask.dtype == torch.bool:  # a padded query sees nothing, as in torch's own kernels
+        probabilities = probabilities * mask.any(-1, keepdim=True)
     for slot in slots:
         if slot.delta.needs_probabilities:
-            probabilities = slot.delta.probabilities(probabilities, value)
+            probabilities = of_rows(slot, slot.delta.probabilities, probabilities, value)
     dropped = nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), probabilities

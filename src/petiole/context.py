@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from petiole.errors import AttachError
+
+if TYPE_CHECKING:
+    from petiole.attach import Host
 
 Names = tuple[str, ...]
 
@@ -117,8 +119,8 @@ class Recall:
     everything inside would train in vain. Its input then gets a gradient to carry.
     """
 
-    def __init__(self, inner: Callable[..., Any]) -> None:
-        self.inner = inner
+    def __init__(self, inner: Callable[..., Any], host: Host) -> None:
+        self.inner, self.host = inner, host
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if getattr(self.inner, "keywords", {}).get("use_reentrant") and not any(
@@ -128,11 +130,25 @@ class Recall:
                 a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
                 for a in args
             )
-        return self.inner(partial(_run_in, _CURRENT.get(), function), *args, **kwargs)
+        return self.inner(_Twice(self.host, function), *args, **kwargs)
 
 
-def _run_in(context: Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _CURRENT.get() is context:
-        return function(*args, **kwargs)
-    with entered(context):
-        return function(*args, **kwargs)
+class _Twice:
+    """A part of a forward pass: run once, and again, when that forward pass is over, as if it were not."""
+
+    def __init__(self, host: Host, function: Callable[..., Any]) -> None:
+        self.host, self.function, self.first = host, function, True
+        # A copy, so that even the empty context is known for one that was brought back.
+        self.context, self.held = replace(_CURRENT.get()), host.holding()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.first:
+            self.first = False
+            return self.function(*args, **kwargs)
+        with entered(self.context), self.host.resumed(self.held):
+            return self.function(*args, **kwargs)
+
+
+def recomputing() -> bool:
+    """Whether this thread is in a backward pass, in which only checkpointing runs forward passes."""
+    return torch._C._current_graph_task_id() != -1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from petiole import factored
 from petiole.anatomy import Site
 from petiole.errors import AttachError
-from petiole.method import Base, Place, add_rows, composed, raw
+from petiole.method import ASIDE, Base, Place, add_rows, composed, raw
 
 if TYPE_CHECKING:
     from petiole.attach import Host
@@ -99,8 +99,9 @@ class Point:
 class Slot:
     """One delta at one place, and what it did in the current forward pass."""
 
-    def __init__(self, host: Host, adaptation: str, number: int, place: Place) -> None:
+    def __init__(self, host: Host, adaptation: str, number: int, place: Place, key: str) -> None:
         self.host, self.adaptation, self.number, self.place = host, adaptation, number, place
+        self.key = key  # unique within the adaptation; never a module path
         self.fired = False
         self.merged = False
         self._held: dict[int, Any] = {}  # by thread: what was read at one module, until it is used at another
@@ -113,11 +114,6 @@ class Slot:
     @property
     def delta(self) -> Any:
         return self.place.delta
-
-    @property
-    def key(self) -> str:
-        """Unique within the adaptation; never a module path."""
-        return f"{self.number}.{self.site.key}.{self.site.side}"
 
     def points(self) -> Iterator[Point]:
         """Where and when the slot acts, in the order of execution."""
@@ -200,6 +196,8 @@ class WeightSlot(Slot):
 
     def changed(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
         site, prior = self.site, self.host.prior(self)
+        if site.kind == "embedding":
+            return y + embedding_scale(module) * self.delta(x, Base(site, module, y, prior)).to(y.dtype)
         if not site.rows:
             return y + self.delta(x, Base(site, module, y, prior)).to(y.dtype)
         parts = [y[..., start:stop] for start, stop in site.rows]
@@ -207,11 +205,21 @@ class WeightSlot(Slot):
         return add_rows(y, self.delta(x, Base(site, module, part, prior)).to(y.dtype), site.rows, -1)
 
 
+def embedding_scale(module: nn.Module) -> Any:
+    """By what some embeddings multiply the row that they look up."""
+    return getattr(module, "embed_scale", 1.0)
+
+
+def entry(site: Site) -> str:
+    """Where the input of a sub-layer can change: within what adds the residual, where one module does both (BERT's attention)."""
+    return site.core if site.core.startswith(f"{site.path}.") else site.path
+
+
 class HiddenSlot(Slot):
     """h <- h + Δ(h), at a module's input or output; Δ may read elsewhere (parallel insertion)."""
 
-    def __init__(self, host: Host, adaptation: str, number: int, place: Place) -> None:
-        super().__init__(host, adaptation, number, place)
+    def __init__(self, host: Host, adaptation: str, number: int, place: Place, key: str) -> None:
+        super().__init__(host, adaptation, number, place, key)
         self.front = channels_first(host, place.site)
         self.read_front = place.read is not None and channels_first(host, place.read)
 
@@ -219,12 +227,14 @@ class HiddenSlot(Slot):
         for site, act in ((self.place.read, "read"), (self.site, "write")):
             if site is not None:
                 before = site.side == "input"
-                yield Point(
-                    site.path if before else site.exit, "before" if before else "after", act, owns=act == "write"
-                )
+                path = entry(site) if before else site.exit
+                yield Point(path, "before" if before else "after", act, owns=act == "write")
 
     def read(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         h = (of_input(args, kwargs) if output is None else of_output(output))[0]
+        rows = self.place.read.rows if self.place.read is not None else ()
+        if rows and output is not None:
+            h = torch.cat([h[..., start:stop] for start, stop in rows], -1)
         self.hold(h.movedim(1, -1) if self.read_front else h)
         return None if output is None else output
 
@@ -360,7 +370,10 @@ class StackSlot(Slot):
     def close(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         h, put = of_output(output)
         self.fire()
-        return put(self.delta(self.states(h)).to(h.dtype))
+        states, rows = self.states(h), self.host.rows(self.adaptation, h)
+        if rows is not None:
+            states = [state.index_select(0, rows) for state in states]
+        return put(on_rows(h, rows, lambda _: self.delta(states).to(h.dtype)))
 
 
 class BlockSlot(Slot):
@@ -409,6 +422,7 @@ class Junction(nn.Module):
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Forward pre-hook of the module."""
         factors = self.factors(module, args, kwargs)
+        self._held.pop(threading.get_ident(), None)  # left by a forward pass that failed
         if factors:
             self._held[threading.get_ident()] = (args[0], factors)
             return (args[0].detach(), *args[1:]), kwargs
@@ -496,7 +510,8 @@ class ParameterSlot(Slot):
 class ParameterJunction(Junction):
     """Puts W + ΔW in a parameter's place during its caller's forward.
 
-    The stand-in hides the parameter through the owner's own dictionary, so the state dict never changes. One thread at a time.
+    The stand-in hides the parameter through the owner's own dictionary, so the state dict never changes. Every thread would see it, so
+    one at a time calls the module, whether or not it has something to compose.
     """
 
     def __init__(self) -> None:
@@ -505,8 +520,6 @@ class ParameterJunction(Junction):
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         slots = [slot for slot, _ in self.slots if isinstance(slot, ParameterSlot) and slot.acts()]
-        if not slots:
-            return None
         self.lock.acquire()
         try:
             self.compose(slots)
@@ -535,8 +548,12 @@ class ParameterJunction(Junction):
             return output
         for slot, _ in self.slots:
             owner = slot.host.module(slot.site.path)
+            aside = owner.__dict__.get(ASIDE, {})
             for name in (slot.site.parameter, slot.site.bias):
-                owner.__dict__.pop(name, None)
+                if name in aside:
+                    owner.__dict__[name] = aside[name]
+                else:
+                    owner.__dict__.pop(name, None)
         self.lock.release()
         return output
 
@@ -559,6 +576,12 @@ class Lock:
 
     def held(self) -> bool:
         return self._depth.get(threading.get_ident(), 0) > 0
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Lock, ())

@@ -241,6 +241,9 @@ class Base:
 
 def convolve(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply `module`'s convolution (stride, padding, dilation, groups) with another kernel (out, in / groups, *kernel)."""
+    own = getattr(module, "_conv_forward", None)
+    if own is not None:  # torch's own layers may pad with something else than zeros
+        return own(x, weight, bias)
     names = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
     function = getattr(nn.functional, names[weight.ndim])
     options = {k: getattr(module, k) for k in ("stride", "dilation", "groups")}
@@ -262,8 +265,14 @@ def cut(tensor: Tensor, rows: tuple[tuple[int, int], ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+ASIDE = "_petiole_aside"  # in a module's dictionary: the values that stand for its own tensors in this forward pass
+
+
 def raw(module: nn.Module, name: str) -> Tensor:
-    """A module's own tensor, even while a composed one stands in its place."""
+    """A module's own tensor, even while a composed one stands in its place; what it was, where its training does not act now."""
+    aside = module.__dict__.get(ASIDE)
+    if aside is not None and name in aside:
+        return aside[name]
     own = module._parameters.get(name)
     return own if own is not None else getattr(module, name)
 

@@ -73,6 +73,7 @@ def load(
     Raises:
         FileError: damaged, altered, of another backbone, of an unknown method or a newer version. The model is as it was.
     """
+    from petiole.adaptation import once
     from petiole.anatomy import anatomy
     from petiole.attach import device_of, host_of, install, mark_of, originals, plan
 
@@ -93,8 +94,8 @@ def load(
         made = plan(model, methods, found, seed, expect(local, about, "head", bool))
         structures = expect(local, about, "structure", dict)
         modules: dict[str, nn.Module] = {}
-        for number, place in made.places:
-            modules[f"{number}.{place.site.key}.{place.site.side}"] = place.delta
+        for key, _, place in made.keyed():
+            modules[key] = place.delta
         modules |= {f"{number}.shared": shared for number, shared in made.shared.items()}
         for key, module in modules.items():
             restructure(module, structures.pop(key, {}), device_of(module, model))
@@ -110,7 +111,7 @@ def load(
     state, tensors = state_of(local, about, tensors)
     compare(
         local,
-        {f"{key}:{n}": t for key, module in modules.items() for n, t in module.state_dict().items()} | own,
+        once({f"{key}:{n}": t for key, module in modules.items() for n, t in module.state_dict().items()}) | own,
         tensors,
     )
     short = (

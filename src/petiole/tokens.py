@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,15 +23,9 @@ _CACHES = ("cache", "past_key_values")
 _ENCODED = "encoder_attention_mask"
 
 
-def parameters_of(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """The named arguments of a module's forward."""
-    cls: Any = type(module)
-    return _parameters(cls)
-
-
-@lru_cache(maxsize=256)
-def _parameters(cls: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(cls.forward).parameters)
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward."""
+    return tuple(name for name in inspect.signature(type(module).forward).parameters if name != "self")
 
 
 def text_entry(root: nn.Module, path: str) -> str | None:
@@ -61,8 +54,11 @@ class TokenSlot(Slot):
         stack = host.anatomy.stack(site.stack)
         blocks = stack.blocks
         refuse_windows(host.model, site.stack, blocks)
-        first = self.first()
-        if self is not first:
+        self.leader = self.first()
+        self.names: dict[
+            type[nn.Module], tuple[str, ...]
+        ] = {}  # of arguments, by the class of a module that takes tokens
+        if self is not self.leader:
             yield Point(site.path, "before", "replace", owns=True)
             return
         entry = text_entry(host.model, blocks[0].path)
@@ -72,10 +68,11 @@ class TokenSlot(Slot):
                 raise AttachError(
                     f"tokens of a text model enter before its first block; layers begins at {site.depth}, not 0"
                 )
-            yield Point(entry, "before", "embed", owns=True)
             decoders = [] if stack.causal else [s for s in host.anatomy.stacks if s.causal]
             around = {text_entry(host.model, s.blocks[0].path) for s in decoders} - {entry, None}
-            readers = [path for path in around if path and _ENCODED in parameters_of(host.module(path))]
+            readers = [path for path in sorted(filter(None, around)) if _ENCODED in parameters_of(host.module(path))]
+            self.names = {type(host.module(path)): parameters_of(host.module(path)) for path in (entry, *readers)}
+            yield Point(entry, "before", "embed", owns=True)
             for reader in readers:  # which goes on seeing them, so they are kept
                 yield Point(reader, "before", "lengthen")
             if not readers:
@@ -107,8 +104,7 @@ class TokenSlot(Slot):
     # ---- text: before the model that embeds
 
     def embed(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs]:
-        names = [n for n in parameters_of(module) if n != "self"]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
         if self.host.rows(self.adaptation, None) is not None:
             raise AttachError(
                 "input tokens change the length of the sequence: every row of a batch needs them, or none"
@@ -148,8 +144,7 @@ class TokenSlot(Slot):
 
     def lengthen(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
         """A decoder's mask over an encoder whose output has the extra tokens."""
-        names = [n for n in parameters_of(module) if n != "self"]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is None or mask is None or mask.shape[-1] + self.length != states.shape[1]:
             return None
@@ -220,8 +215,7 @@ class TokenSlot(Slot):
     # ---- both
 
     def replace(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
-        first = self.first()
-        if first.text and not first.inserted():
+        if self.leader.text and not self.leader.inserted():
             self.fire()
             return None
         h, put = of_input(args, kwargs)
