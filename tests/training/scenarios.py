@@ -95,6 +95,8 @@ def main(folder: Path) -> None:
         tensors = result(name, folder, state.num_processes, state.process_index)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.{state.process_index}.safetensors")
     (folder / f"differing.{state.process_index}.txt").write_text(differing(folder))
+    state.wait_for_everyone()
+    state.destroy_process_group()  # neither leaves while the other still talks to it
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "127.0.0.1",
     ]
     command += ["--main_process_port", str(port), str(TESTS / "training" / "scenarios.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer as HFTrainer
 from transformers import TrainerState
 
 import petiole as pt
 from petiole import files
 from petiole.errors import FileError
 from petiole.method import Method
+from petiole.training import PetioleCallback
 from training import children
 from training.toys import Growing, Pull, arguments, bert, rows
 
@@ -223,3 +225,15 @@ def test_what_lay_in_a_checkpoints_place_does_not_get_into_it(tmp_path: Path) ->
     trained(tmp_path, pt.LoRA(rank=2), max_steps=2)
     assert not (tmp_path / "checkpoint-2" / "stale.bin").exists()
     assert not files.verify_manifest(tmp_path / "checkpoint-2")
+
+
+def test_the_hf_trainers_own_checkpoints_resume_with_the_callback(tmp_path: Path) -> None:
+    def run(resume: str | None = None) -> torch.Tensor:
+        model = bert(hidden_dropout_prob=0.1)
+        tuned = pt.attach(model, pt.LoRA(rank=2))
+        settings = arguments(tmp_path, max_steps=4)
+        each = HFTrainer(model=model, args=settings, train_dataset=rows(), callbacks=[PetioleCallback()])
+        each.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in tuned.parameters()])
+
+    assert torch.equal(run(), run(str(tmp_path / "checkpoint-2")))
