@@ -144,7 +144,7 @@ def legend(result: Comparison) -> list[str]:
 
 def whole_front(result: Comparison) -> str:
     """The front of all axes, in a sentence."""
-    names = ", ".join(axis.title.partition(" (")[0] for axis in axes(result.settings.axes))
+    names = ", ".join(axis.title for axis in axes(result.settings.axes))
     front = ", ".join(f"`{row.label}`" for row in result.rows if row.front) or "no row"
     return f"No other row is at least as good in {result.title} and in {names}, and better in one of them: {front}."
 
@@ -154,7 +154,7 @@ def fronts(result: Comparison) -> list[str]:
     lines = []
     for axis in axes(result.settings.axes):
         on = ", ".join(f"`{row.label}`" for row in result.rows if axis.name in row.fronts)
-        lines.append(f"against {axis.title.partition(' (')[0]} alone: {on or '–'}")
+        lines.append(f"against {axis.title} alone: {on or '–'}")
     return lines
 
 
@@ -163,8 +163,7 @@ def describe(name: str) -> str:
     if name in PICTURES:
         return PICTURES[name]
     (axis,) = axes([name.removeprefix("score-").removesuffix(".png")])
-    title = axis.title.partition(" (")[0]
-    return f"Score against {title}. Filled points and the dashed line are the front, bars one standard deviation."
+    return f"Score against {axis.title}. Filled points and the dashed line are the front, bars one standard deviation."
 
 
 def setup(result: Comparison) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,16 @@ def compare(
     watch = watch or Watch()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    bench = Bench(settings, folder)
+    new = not folder.exists()
+    files.check_writable(folder)  # before anything is loaded
+    try:
+        bench = Bench(settings, folder)
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     command = command or settings.command(str(output))
-    files.check_writable(folder)
     with alone(folder):
         settle(folder, bench.identity, settings.asked, command)
         gc.collect()

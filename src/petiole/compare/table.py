@@ -17,7 +17,7 @@ class Axis:
 
     Attributes:
         name: as the user asks for it.
-        title: with its unit, for a plot.
+        title: for a plot, whose numbers carry the unit.
         key: field of `Row`.
         unit: what a number of it is followed by.
     """
@@ -32,12 +32,12 @@ AXES = {
     axis.name: axis
     for axis in (
         Axis("params", "trainable parameters", "trainable_parameters"),
-        Axis("checkpoint", "size of the file (bytes)", "file_bytes", "B"),
+        Axis("checkpoint", "size of the file", "file_bytes", "B"),
         Axis("flops", "training FLOPs of one run", "training_flops"),
-        Axis("saved", "kept for the backward pass (bytes)", "saved_bytes", "B"),
-        Axis("memory", "peak memory of a training step (bytes)", "peak_bytes", "B"),
-        Axis("time", "time of a training step (s)", "step_seconds", "s"),
-        Axis("inference", "time of a forward pass (s)", "forward_seconds", "s"),
+        Axis("saved", "memory kept for the backward pass", "saved_bytes", "B"),
+        Axis("memory", "peak memory of a training step", "peak_bytes", "B"),
+        Axis("time", "time of a training step", "step_seconds", "s"),
+        Axis("inference", "time of a forward pass", "forward_seconds", "s"),
     )
 }
 DEFAULT_AXES = ("params", "memory", "time")
