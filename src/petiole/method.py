@@ -430,7 +430,7 @@ class Method(BaseModel):
     idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
     compiles: ClassVar[bool] = True
     size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
-    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # where a search looks
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)  # where a search looks
     exempt: ClassVar[Mapping[str, str]] = {}  # check of the conformance suite -> why it can't hold
 
     def __init__(self, **fields: Any) -> None:

@@ -68,7 +68,7 @@ class BitFit(Method):
     identity_at_start: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     idles: ClassVar[str] = _UNUSED
-    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 
     norms: bool = Field(True, description="Whether the biases of normalisation layers train too.")
 
@@ -91,7 +91,7 @@ class NormTuning(Method):
     identity_at_start: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     idles: ClassVar[str] = _UNUSED
-    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
         names = list(norms(anatomy, model))
