@@ -10,7 +10,7 @@ EXTRAS := demo,audio,diffusers,dev,docs
 # One thread a process: with several threads beside other work a step can be many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv test lint types pytest format demo docs proofs bench constraints clean
+.PHONY: help venv test lint types pytest format demo docs support proofs bench constraints clean
 
 help:
 	@echo "make venv    build .venv with everything the other targets need"
@@ -18,7 +18,8 @@ help:
 	@echo "make demo    petiole demo: a small comparison, from data to HTML page, on one core"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make format  let ruff rewrite the code"
-	@echo "make docs    build the documentation into site/"
+	@echo "make docs    write the tables of methods, and build the documentation into site/"
+	@echo "make support try every method on every model family, and write docs/support.md"
 	@echo "make proofs  run every script in proofs/"
 	@echo "make bench   run every script in benchmarks/"
 
@@ -49,7 +50,11 @@ demo: venv
 	$(BIN)/petiole demo
 
 docs: venv
-	$(BIN)/zensical build --clean
+	$(BIN)/python tools/make_docs.py
+	$(BIN)/zensical build --clean --strict
+
+support: venv
+	$(BIN)/python tools/make_support.py
 
 proofs: venv
 	@set -e; for script in $(sort $(wildcard proofs/*.py)); do echo "== $$script"; $(BIN)/python $$script; done

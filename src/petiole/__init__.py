@@ -10,15 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Imported at once, since functions and modules of one name (anatomy, attach) must not take each other's place.
-from petiole.adaptation import Adaptation
-from petiole.anatomy import Anatomy, anatomy
-from petiole.attach import activate, adaptations, attach, disabled, given, route
-from petiole.errors import PetioleError
-from petiole.method import Delta, Method, registry
-from petiole.store import load
+from petiole.adaptation import Adaptation as Adaptation
+from petiole.anatomy import Anatomy as Anatomy
+from petiole.anatomy import anatomy as anatomy
+from petiole.attach import activate as activate
+from petiole.attach import adaptations as adaptations
+from petiole.attach import attach as attach
+from petiole.attach import disabled as disabled
+from petiole.attach import given as given
+from petiole.attach import route as route
+from petiole.errors import PetioleError as PetioleError
+from petiole.method import Delta as Delta
+from petiole.method import Method as Method
+from petiole.method import registry as registry
+from petiole.store import load as load
 
 if TYPE_CHECKING:
     from petiole.interop import load_peft as load_peft
+    from petiole.cache import Cache as Cache
+    from petiole.planning import plan as plan
     from petiole.training import Events as Events
     from petiole.training import Trainer as Trainer
 
@@ -41,7 +51,7 @@ _HERE = (
     "registry",
     "route",
 )
-_HOMES = {"Events": "training", "Trainer": "training", "load_peft": "interop"}
+_HOMES = {"Cache": "cache", "Events": "training", "Trainer": "training", "load_peft": "interop", "plan": "planning"}
 
 
 def detach(model: Any, name: str | None = None) -> Any:
