@@ -266,7 +266,9 @@ def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[Any] = set()
     found = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        whole: Any = tensor  # a sharded one has no address: that of its part stands for it
+        address = whole.to_local().untyped_storage()._cdata if hasattr(tensor, "to_local") else tensor.data_ptr()
+        place = (address, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if tensor.device.type == "meta" or not tensor.numel() or place not in seen:
             found[name] = tensor
         seen.add(place)

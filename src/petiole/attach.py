@@ -84,9 +84,7 @@ class Plan:
 def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int, train_head: bool | None) -> Plan:
     """Build and initialise all deltas. The global random generator ends where it was."""
     made, host = Plan(tuple(methods)), host_of(model)
-    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
-    if sharded is not None:  # the new parameters would not be, and each process would train its own
-        raise AttachError(f"{sharded} is sharded over processes already: attach or load first, then shard (fully_shard)")
+    refuse_sharded(model)
     with torch.random.fork_rng(devices=[]), host.own_aside() if host is not None else nullcontext():
         for number, method in enumerate(methods):
             # For modules that initialise themselves when built: on CPU, so no other device's generator is touched.
@@ -126,6 +124,15 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
             f"{'a' if heads else 'no'} task head"
         )
     return made
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse a model that is sharded: what is added to it would not be, and each process would train its own."""
+    sharded = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")), None)
+    if sharded is not None:
+        raise AttachError(
+            f"{sharded} is sharded over processes already: attach or load first, then shard (fully_shard)"
+        )
 
 
 def parameters_of(made: Plan) -> Iterator[nn.Parameter]:
@@ -830,7 +837,7 @@ def detach(adaptation: Adaptation) -> None:
         for name, original in adaptation.own.items():
             tensor = host.tensor(name)
             if not adaptation.merged:
-                tensor.copy_(original)
+                fill(tensor, original)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(False)
                 tensor.grad = None
@@ -839,6 +846,16 @@ def detach(adaptation: Adaptation) -> None:
     if not host.adaptations:
         host.close()
     forget_compiled()
+
+
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole value into a tensor; its own part of it where the tensor is sharded over processes."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole: Any = tensor
+        value = distribute_tensor(value.to(tensor.device), whole.device_mesh, whole.placements)
+    tensor.copy_(value)
 
 
 def forget_compiled() -> None:

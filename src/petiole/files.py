@@ -615,6 +615,8 @@ def _digest(pieces: Iterable[Piece]) -> str:
 def _stored(tensor: Tensor, name: str, path: AnyPath) -> Tensor:
     """The plain, contiguous CPU tensor that goes into the file, or a refusal that names it."""
     at = f"{_shown(path)} can't be written: "
+    if hasattr(tensor, "full_tensor"):  # sharded over processes, which all save
+        tensor = tensor.full_tensor()
     if not isinstance(name, str) or not name or name == "__metadata__":
         raise FileError(f"{at}{_quoted(name)} is no name for a tensor.")
     if (
@@ -900,6 +902,8 @@ def _configuration(model: nn.Module) -> dict[str, Any] | None:
 
 def _inner(tensor: Tensor) -> Sequence[Tensor]:
     """The plain tensors that make up a tensor: itself, or what a wrapper (a quantised weight) holds."""
+    if hasattr(tensor, "full_tensor"):  # sharded over processes
+        return [tensor.full_tensor()]
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [plain for name in tensor.__tensor_flatten__()[0] for plain in _inner(getattr(tensor, name))]

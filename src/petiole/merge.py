@@ -53,11 +53,11 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
         for (path, name), value in new.items():
             module = host.module(path)
             own = raw(module, name)
-            adaptation._kept[path, name] = own.detach().clone() if own.is_floating_point() else own
-            if own.is_floating_point():
+            adaptation._kept[path, name] = own.detach().clone() if ordinary(own) else own
+            if ordinary(own):
                 own.copy_(value.to(own.dtype))
             else:
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+                setattr(module, name, nn.Parameter(value.to(plain(own).dtype), requires_grad=False))
     for slot in adaptation.slots:
         slot.merged = True
     adaptation.merged = True
@@ -112,7 +112,11 @@ def refuse(adaptation: Adaptation, path: str, name: str, own: Tensor, onto: str)
         raise AttachError(
             f"{path}.{name} is computed from other tensors (a parametrisation); remove that before merging"
         )
-    if not (own.is_floating_point() and type(own) in (Tensor, nn.Parameter)) and onto != "dequantised":
+    if hasattr(own, "full_tensor"):
+        raise AttachError(
+            f"{path}.{name} is sharded over processes; load the adaptation into a whole model and merge there"
+        )
+    if not ordinary(own) and onto != "dequantised":
         raise AttachError(f"{path}.{name} is quantised; merge(onto='dequantised') replaces it by a full-size weight")
     model = adaptation.model
     places = [other for other, p in model.named_parameters(remove_duplicate=False) if p is own]
@@ -120,6 +124,11 @@ def refuse(adaptation: Adaptation, path: str, name: str, own: Tensor, onto: str)
         raise AttachError(
             f"{path}.{name} is tied to {', '.join(p for p in places if p != f'{path}.{name}')}: merging would change both; untie them first"
         )
+
+
+def ordinary(own: Tensor) -> bool:
+    """Whether a tensor is what it seems: quantised ones may well say that they are of a floating-point type."""
+    return own.is_floating_point() and type(own) in (Tensor, nn.Parameter)
 
 
 def unmerge(adaptation: Adaptation) -> None:

@@ -75,8 +75,9 @@ def load(
     """
     from petiole.adaptation import once
     from petiole.anatomy import anatomy
-    from petiole.attach import device_of, host_of, install, mark_of, originals, plan
+    from petiole.attach import device_of, host_of, install, mark_of, originals, plan, refuse_sharded
 
+    refuse_sharded(model)
     local = pull(str(path)) if str(path).startswith(HUB) else Path(path)
     tensors, about = files.load_adaptation(local)
     methods = [method_of(local, entry) for entry in expect(local, about, "methods", list)]
@@ -134,7 +135,7 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     Raises:
         FileError: the file is of another configuration, or does not fit. Nothing has changed then.
     """
-    from petiole.attach import device_of
+    from petiole.attach import device_of, fill
 
     tensors, about = files.load_adaptation(path)
     mine = [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in adaptation.methods]
@@ -155,7 +156,7 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     compare(path, current, tensors)
     with torch.no_grad():
         for key, tensor in current.items():
-            tensor.copy_(tensors[key])
+            fill(tensor, tensors[key])
     for number, values in state.items():
         adaptation.state[number].clear()
         adaptation.state[number].update(values)
