@@ -42,9 +42,10 @@ def load_peft(
     Raises:
         FileError: damaged, of another kind, or it does not fit this model. The model is as it was.
     """
-    from petiole.attach import HEAD, host_of, install, plan
+    from petiole.attach import HEAD, host_of, install, plan, refuse_sharded
     from petiole.store import HUB, checked
 
+    refuse_sharded(model)
     place = fetched(str(folder)) if str(folder).startswith(HUB) else Path(folder)
     checkpoint = Checkpoint(place)
     host = host_of(model)
@@ -214,13 +215,15 @@ class Reading:
                 if "petiole" not in name
             }
             held = names & set(self.head)
-            if held and held != names and not all(name.endswith("bias") for name in held):
+            if not held or held == names:
+                continue
+            if self.checkpoint.bias != "all" or not all(name.endswith("bias") for name in held):
                 raise self.fault(f"the task head {site.path} is not whole: {min(names - held)} is missing")
-            if held and held != names:  # bias="all" writes the head's, too, trained or not
-                own = dict(self.model.named_parameters(remove_duplicate=False))
-                changed = [name for name in held if not same(own[name], self.head.pop(name))]
-                if changed:
-                    raise self.fault(f"the task head {site.path} is not whole: of it, only {changed[0]} is there")
+            own = dict(self.model.named_parameters(remove_duplicate=False))  # the head's bias comes with all others
+            if all(same(own[name], self.head[name]) for name in held):
+                self.head = {name: tensor for name, tensor in self.head.items() if name not in held}
+            else:
+                self.head |= {name: gathered(own[name]) for name in names - held}
 
     def values(self, made: Any) -> dict[str, Tensor]:
         """The tensors by the names that the planned adaptation has for them."""
