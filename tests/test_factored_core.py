@@ -93,3 +93,14 @@ def test_what_a_frozen_A_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
     frozen = saved_bytes(*adapted("bert", False, frozen=True)[:2])
     batch = tiny.batch("bert")["input_ids"]
     assert trained - frozen >= 2 * batch.numel() * 32 * 4  # at least the input of q and v in both blocks, once each
+
+
+def test_rows_are_gathered_anew_when_computed_factors_change() -> None:
+    """Factors that are computed for each pass may get the memory, and so the id, of those that died with the last one."""
+    x, y, index, kept = torch.randn(2, 3, 4), torch.zeros(2, 3, 5), torch.tensor([0, 0]), {}
+    for value in range(50):
+        factor = factored.Factor(torch.full((1, 4), float(value)), torch.ones(5, 1), 1.0)
+        with torch.no_grad():
+            found = factored.add_by_row(x, y, [factor], index, kept)
+        del factor
+        assert torch.allclose(found, value * x.sum(-1, keepdim=True).expand_as(y), atol=1e-4), value

@@ -114,7 +114,8 @@ def add_by_row(x: Tensor, y: Tensor, factors: Sequence[Factor], index: Tensor, k
     if torch.is_grad_enabled() or kept.get("key") != key:
         gathered = gather(factors, index, y.dtype)
         if not torch.is_grad_enabled():
-            kept |= {"key": key, "gathered": gathered}
+            # The tensors too: factors computed anew for each pass die with it, and another may then be born with the same id.
+            kept |= {"key": key, "gathered": gathered, "tensors": [f.tensors() for f in factors]}
     else:
         gathered = kept["gathered"]
     A, B, bias = gathered
