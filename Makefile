@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.petiole-ready
 WORKERS ?= 2
 # All but `timm`: it brings torchvision, whose builds want CUDA and break `import transformers` beside a CPU torch.
-EXTRAS := demo,audio,diffusers,dev,docs
+EXTRAS := demo,audio,interop,dev,docs
 
 # One thread a process: with several threads beside other work a step can be many times slower.
 export OMP_NUM_THREADS ?= 1
