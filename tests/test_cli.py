@@ -88,7 +88,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("methods", "anatomy", "compare", "demo", "tune", "eval", "merge"):
+    for command in ("methods", "anatomy", "compare", "demo", "tune", "eval", "merge", "export"):
         assert command in done.stdout
 
 
@@ -187,6 +187,39 @@ def test_what_can_not_be_merged_is_refused(here: Path, tmp_path: Path) -> None:
     assert call("tune", *source(here), "--method", "houlsby", *TINY, "--output", path).exit_code == 0
     done = small.run("merge", "--model", here / small.MODEL, "--adaptation", path, "--output", folder)
     assert done.returncode == 2 and "houlsby" in done.stderr and "merge" in done.stderr and not folder.exists()
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_export_writes_what_peft_reads(here: Path, tuned: Path, tmp_path: Path, with_data: bool) -> None:
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'petiole[peft]'")
+    from petiole.store import load
+    from petiole.tasks import load_data, prepare
+
+    folder = tmp_path / "lora"
+    words = ["--data", here / small.DATA] if with_data else ["--json"]
+    result = call("export", "--model", here / small.MODEL, *words, "--adaptation", tuned, "--output", folder)
+    assert result.exit_code == 0, result.stderr
+    if with_data:
+        assert "exact" in result.stdout and "largest change of an output" in result.stdout
+    else:
+        assert json.loads(result.stdout)["folder"] == str(folder)
+    task = prepare(load_data(here / small.DATA), here / small.MODEL)
+    model = task.build_model()
+    load(model, tuned)
+    rows = task.encoded("train")
+    batch = task.collator([rows[i] for i in range(2)])
+    there = peft.PeftModel.from_pretrained(task.build_model(), str(folder)).eval()
+    with torch.no_grad():
+        assert torch.allclose(there(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["lora"], "no temporary folder is left"
+
+
+def test_an_unknown_reader_and_what_a_reader_can_not_take_are_refused(here: Path, tuned: Path, tmp_path: Path) -> None:
+    words = ["--model", here / small.MODEL, "--adaptation", tuned, "--output", tmp_path / "lora"]
+    done = small.run("export", *words, "--for", "vllm")
+    assert done.returncode == 2 and "modules_to_save" in done.stderr and not list(tmp_path.iterdir())
+    done = small.run("export", *words, "--for", "ollama")
+    assert done.returncode == 2 and "peft, vllm, diffusers" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_compare_prints_one_json_object(here: Path, tmp_path: Path) -> None:

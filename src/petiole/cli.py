@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -598,6 +598,44 @@ def merge(
         print(f"written: {output} ({found['bytes'] / 1e6:.4g} MB)")
         if change is not None:
             print(f"largest change of the outputs through merging, on {found['rows']} rows: {change:.2g}")
+
+
+@app.command()
+def export(
+    model: Model,
+    adaptation: Annotated[Path, typer.Option(help="File that `petiole tune` or `compare` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the LoRA checkpoint.")],
+    reader: Annotated[str, typer.Option("--for", help="Who will read it: peft, vllm or diffusers.")] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="The largest rank wanted; as small as --max-error allows if left out.")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option("--max-error", help="The largest relative error of a weight's change.")
+    ] = 0.01,
+    data: Annotated[
+        str | None, typer.Option(help="Data of the task: measures the change of the outputs through the export.")
+    ] = None,
+    task: TaskName = "auto",
+    column: Columns = None,
+    allow_other_backbone: Annotated[
+        bool, typer.Option("--allow-other-backbone", help="Load even if it was made on another backbone.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adaptation as a LoRA checkpoint that PEFT, vLLM or diffusers reads; what the reader can't take is refused."""
+    with reported(f"{output} is not complete" if output.exists() else ""):
+        from petiole.interop.readers import reader_of
+        from petiole.merged import loaded
+
+        reader_of(reader)
+        tuned, _, batch = loaded(
+            model, adaptation, data=data, task=task, columns=pairs(column, "--column"), other=allow_other_backbone
+        )
+        done = tuned.export(output, for_=cast(Any, reader), rank=rank, max_error=max_error, check=batch)
+        if as_json:
+            emit(done.to_dict())
+        else:
+            print(done)
 
 
 if __name__ == "__main__":

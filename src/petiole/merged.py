@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from petiole import files
+from petiole.adaptation import Adaptation
 from petiole.errors import ConfigError, FileError
 from petiole.store import load
 
@@ -40,17 +41,8 @@ def merged(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not an empty folder; choose another --output")
-    batch: dict[str, Any] | None = None
-    if data is not None:
-        from petiole.tasks import load_data, prepare
-
-        bound = prepare(load_data(data, task=task, columns=dict(columns or {}) or None), model)
-        backbone, processor = bound.build_model(), bound.processor
-        rows = bound.encoded("validation" if "validation" in bound.data.splits else "train")
-        batch = bound.collator([rows[i] for i in range(min(CHECK_ROWS, len(rows)))])
-    else:
-        backbone, processor = from_file(model, adaptation)
-    tuned = load(backbone, adaptation, allow_other_backbone=other)
+    tuned, processor, batch = loaded(model, adaptation, data=data, task=task, columns=columns, other=other)
+    backbone = tuned.model
     change = tuned.merge(check=batch)
     tuned.detach()
     save(backbone, processor, output)
@@ -63,6 +55,29 @@ def merged(
         "rows": count,
         "methods": [m.slug for m in tuned.methods],
     }
+
+
+def loaded(
+    model: str,
+    adaptation: Path,
+    *,
+    data: str | None = None,
+    task: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    other: bool = False,
+) -> tuple[Adaptation, Any, dict[str, Any] | None]:
+    """An adaptation on its backbone, the processor, and some rows of the data as a batch, if there are data."""
+    batch: dict[str, Any] | None = None
+    if data is not None:
+        from petiole.tasks import load_data, prepare
+
+        bound = prepare(load_data(data, task=task, columns=dict(columns or {}) or None), model)
+        backbone, processor = bound.build_model(), bound.processor
+        rows = bound.encoded("validation" if "validation" in bound.data.splits else "train")
+        batch = bound.collator([rows[i] for i in range(min(CHECK_ROWS, len(rows)))])
+    else:
+        backbone, processor = from_file(model, adaptation)
+    return load(backbone, adaptation, allow_other_backbone=other), processor, batch
 
 
 def from_file(model: str, adaptation: Path) -> tuple[Any, Any]:

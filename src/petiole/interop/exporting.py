@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Export:
     largest_change: float | None = None
     largest_output: float | None = None
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, for JSON."""
+        return {**asdict(self), "folder": str(self.folder)}
 
     def __str__(self) -> str:
         ranks = sorted({module.rank for module in self.modules if module.rank})
