@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import petiole as pt
+import tiny
 from petiole.cache import Cache, Store, bytes_of
 from petiole.method import StackDelta
 

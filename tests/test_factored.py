@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
 import petiole as pt
+import tiny
 from petiole import factored
 from petiole.cost import saved_bytes
 

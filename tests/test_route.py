@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import petiole as pt
+import tiny
 
 NAMES = ("a", "b", "c")
 METHODS = {
