@@ -82,9 +82,17 @@ def test_a_change_beside_a_convolution_with_a_stride_is_refused() -> None:
         tuned.check(tiny.batch("resnet"))
 
 
-def test_dora_refuses_a_convolution_that_is_never_called() -> None:
+@pytest.mark.parametrize("method", [pt.DoRA, pt.SLoRA, pt.NLoRA, pt.IntTune], ids=lambda cls: cls.slug)
+def test_a_convolution_that_is_never_called_is_none_of_the_linears(method: type[Method]) -> None:
+    # Mamba hands the kernel to its scan: it is a parameter, but of three dimensions.
     with pytest.raises(pt.PetioleError, match="is a convolution"):
-        pt.attach(tiny.model("mamba"), pt.DoRA(roles=["conv"]))
+        pt.attach(tiny.model("mamba"), method(roles=["conv"], rank=2))
+
+
+@pytest.mark.parametrize("method", [pt.SLoRA, pt.NLoRA, pt.IntTune], ids=lambda cls: cls.slug)
+def test_a_method_that_finds_no_place_does_not_train_the_head_alone(method: type[Method]) -> None:
+    with pytest.raises(pt.PetioleError, match="finds no place in ResNetForImageClassification"):
+        pt.attach(tiny.model("resnet"), method(rank=2))
 
 
 @pytest.mark.parametrize("method", [pt.HoulsbyAdapter, pt.PfeifferAdapter, pt.PrefixTuning], ids=lambda cls: cls.slug)

@@ -38,9 +38,10 @@ def linears(
     chosen = tuple(role for role in LINEARS if role in anatomy.roles) if roles is None else tuple(roles)
     sites = anatomy.sites(chosen, layers)
     for site in sites:
-        if site.kind not in ("linear", "parameter") and not (convolutions and site.kind == "conv" and site.groups == 1):
-            groups = f" in {site.groups} groups" if site.groups > 1 else ""
-            raise AttachError(f"{slug}: {site.key} is a {site.kind}{groups}; it is defined for linears")
+        linear = site.kind in ("linear", "parameter") and (convolutions or not site.kernel)
+        if not linear and not (convolutions and site.kind == "conv" and site.groups == 1):
+            kind = f"convolution{f' in {site.groups} groups' if site.groups > 1 else ''}" if site.kernel else site.kind
+            raise AttachError(f"{slug}: {site.key} is a {kind}; it is defined for linears")
         if not fused and site.role in _SEVERAL:
             raise AttachError(f"{slug}: {site.key} is several weights in one tensor; name them: {_SEVERAL[site.role]}")
     return sites
