@@ -97,7 +97,10 @@ def settings(family: str, cls: type[Method]) -> Iterator[dict[str, Any]]:
         usual = cls.model_fields["roles"].get_default() or ()
         if usual and len(found.stacks) > 1:
             yield from ({"roles": tuple(f"{stack.name}:{role}" for role in usual)} for stack in reversed(found.stacks))
-        yield from ({"roles": roles} for roles in OTHER_ROLES if set(roles) <= set(found.roles))
+        others = [roles for roles in OTHER_ROLES if set(roles) <= set(found.roles)]
+        if not usual and len(found.stacks) > 1:
+            yield from ({"roles": tuple(f"{found.stacks[-1].name}:{role}" for role in roles)} for roles in others)
+        yield from ({"roles": roles} for roles in others)
 
 
 def attempt(family: str, cls: type[Method], setting: dict[str, Any]) -> Cell:
@@ -192,7 +195,10 @@ class Trial:
         model.train()
         events.begin([self.batch])
         events.before_step()
-        loss = default_loss(model(**self.batch))
+        output = model(**self.batch)
+        loss = default_loss(output)
+        if getattr(output, "loss", None) is None and (terms := events.extra_loss()) is not None:
+            loss = loss + terms
         loss.backward()
         events.before_optimizer_step(loss)
         optimizer.step()
