@@ -359,7 +359,12 @@ def test_ctrl_c_says_how_to_go_on(here: Path, tmp_path: Path) -> None:
     words = [*source(here), "--methods", "lora", "--trials", "50", "--seeds", "50", *TINY, "--output", output]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        small.command("compare", *words), env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        small.command("compare", *words),
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a run in the background ignores it
     )
     start = time.monotonic()
     while not (output / "trials.jsonl").exists() and process.poll() is None:
