@@ -19,7 +19,9 @@ from torch import Tensor, nn
 def options(about: str, repeats: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is repeated with another seed")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds; each round runs every candidate once")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="timed rounds; each round runs every candidate once"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=None, help="write the figures here, as one JSON object")
     parser.add_argument("--only", default="", help="comma-separated names of backbones")
@@ -66,7 +68,9 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> tuple[float
     return statistics.median(ratios), quartiles[0], quartiles[2]
 
 
-def bert(width: int = 512, layers: int = 6, batch: int = 8, length: int = 128, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+def bert(
+    width: int = 512, layers: int = 6, batch: int = 8, length: int = 128, seed: int = 0
+) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -78,7 +82,9 @@ def bert(width: int = 512, layers: int = 6, batch: int = 8, length: int = 128, s
     return BertForSequenceClassification(config), {"input_ids": ids, "labels": torch.randint(2, (batch,))}
 
 
-def llama(width: int = 512, layers: int = 6, batch: int = 4, length: int = 256, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+def llama(
+    width: int = 512, layers: int = 6, batch: int = 4, length: int = 256, seed: int = 0
+) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -94,8 +100,13 @@ def vit(width: int = 192, layers: int = 12, batch: int = 32, seed: int = 0) -> t
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(seed)
-    config = ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=3, intermediate_size=4 * width, num_labels=10)
-    return ViTForImageClassification(config), {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.randint(10, (batch,))}
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=3, intermediate_size=4 * width, num_labels=10
+    )
+    return ViTForImageClassification(config), {
+        "pixel_values": torch.randn(batch, 3, 224, 224),
+        "labels": torch.randint(10, (batch,)),
+    }
 
 
 BACKBONES = {"bert": bert, "llama": llama, "vit": vit}

@@ -48,12 +48,17 @@ def floor(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, dict[str,
     return model, batch
 
 
-def candidates(make: Callable[..., Any], roles: tuple[str, ...], seed: int) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+def candidates(
+    make: Callable[..., Any], roles: tuple[str, ...], seed: int
+) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     bare, batch = make(seed=seed)
     bare.train()
     chosen = roles_of(bare, roles)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=paths_of(bare, chosen), modules_to_save=None)
-    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {"floor": floor(copy.deepcopy(bare), batch), "full": (copy.deepcopy(bare), batch)}
+    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "floor": floor(copy.deepcopy(bare), batch),
+        "full": (copy.deepcopy(bare), batch),
+    }
     models["peft"] = (peft.get_peft_model(copy.deepcopy(bare), config), batch)
     models["peft+checkpointing"] = (peft.get_peft_model(copy.deepcopy(bare), config), batch)
     models["petiole"] = (copy.deepcopy(bare), batch)
@@ -102,7 +107,12 @@ def main() -> None:
                     figures.setdefault("rows", {})[f"{backbone}/{seed}"] = rows
                 else:
                     figures["q_v"][f"{backbone}/{seed}"] = rows
-    figures |= {"threads": found.threads, "seeds": found.seeds, "repeats": found.repeats, "versions": common.versions("peft")}
+    figures |= {
+        "threads": found.threads,
+        "seeds": found.seeds,
+        "repeats": found.repeats,
+        "versions": common.versions("peft"),
+    }
     common.write(found.json, figures)
 
 

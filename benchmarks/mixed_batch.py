@@ -64,7 +64,11 @@ def main() -> None:
                 fill(model, 0)
                 model.eval()
             rows = [names[i % count] for i in range(ROWS)]
-            runs = {"backbone": plain(bare, batch), "petiole": routed(ours, batch, rows), "peft": plain(theirs, batch, adapter_names=rows)}
+            runs = {
+                "backbone": plain(bare, batch),
+                "petiole": routed(ours, batch, rows),
+                "peft": plain(theirs, batch, adapter_names=rows),
+            }
             times = common.interleaved(runs, found.repeats * (1 if length > 2 else 4))
             line = f"{length:7}{count:13}"
             for name, key in (("petiole", "over_backbone"), ("peft", "peft_over_backbone")):
