@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.petiole-ready
 WORKERS ?= 2
 # All but `timm`: it brings torchvision, whose builds want CUDA and break `import transformers` beside a CPU torch.
-EXTRAS := demo,audio,interop,dev,docs
+# Nor torchao, which makes every import of a Transformers model slower and noisy; its tests run where it is installed.
+EXTRAS := demo,audio,peft,trl,diffusers,dev,docs
 
 # One thread a process: with several threads beside other work a step can be many times slower.
 export OMP_NUM_THREADS ?= 1
