@@ -102,13 +102,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
                 module = beneath(model.get_submodule(place.site.path))
                 ready(place.delta, Base(place.site, module), site_seed(seed, key), device_of(module, model))
             method.bind({key.partition(".")[2]: place.delta for key, place in mine.items()}, shared)
-            trained = list(method.trains(found, model))
-            made.trained += [name for name in trained if name not in made.trained]
-            if method.overrides("deltas") and not places and shared is None and not trained:
-                # With a task head something would train all the same, and nobody would notice that it is the head alone.
-                raise AttachError(
-                    f"{method.slug or type(method).__name__} finds no place in {found.model_class}: it has {', '.join(found.roles)}"
-                )
+            made.trained += [name for name in method.trains(found, model) if name not in made.trained]
         heads = found.heads()
         if train_head and not heads:
             raise AttachError(

@@ -36,6 +36,10 @@ def linears(
         AttachError: a role is no linear, or is several of them.
     """
     chosen = tuple(role for role in LINEARS if role in anatomy.roles) if roles is None else tuple(roles)
+    if not chosen:  # or the head alone would train, and nobody would notice
+        raise AttachError(
+            f"{slug}: {anatomy.model_class} has none of {', '.join(LINEARS)}; name roles it has: {', '.join(anatomy.roles)}"
+        )
     sites = anatomy.sites(chosen, layers)
     for site in sites:
         linear = site.kind in ("linear", "parameter") and (convolutions or not site.kernel)
