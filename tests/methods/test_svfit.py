@@ -197,6 +197,19 @@ def test_a_stored_basis_needs_no_weight(tmp_path: Path) -> None:
         assert torch.equal(one.delta.weight(zero), two.delta.weight(zero))
 
 
+def test_a_stored_basis_keeps_its_rank_and_precision(tmp_path: Path) -> None:
+    """On another backbone the energy asks for another rank; the file's counts."""
+    model = tiny.model("llama").bfloat16()
+    tuned = pt.attach(model, pt.SVFit(energy=0.6, save_basis=True))
+    path = tuned.save(tmp_path / "a.safetensors")
+    other = tiny.model("llama", seed=1).bfloat16()
+    for layer in other.model.layers:
+        layer.self_attn.q_proj.weight.data[4:] = 0
+    loaded = pt.load(other, path, allow_other_backbone=True)
+    assert [s.delta.rank for s in loaded.slots] == [s.delta.rank for s in tuned.slots] != [4, 4, 4, 4]
+    assert all(toys.bits(a.delta.U) == toys.bits(b.delta.U) for a, b in zip(tuned.slots, loaded.slots, strict=True))
+
+
 def test_repeated_values_store_their_basis_unasked(tmp_path: Path) -> None:
     """Of a permutation any basis is one of singular vectors, so another machine could find another."""
     W, x = torch.eye(6)[[2, 0, 5, 1, 3, 4]], inputs()

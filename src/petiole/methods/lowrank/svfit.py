@@ -128,12 +128,13 @@ class Spectrum(Product):
         U, s, V = self.decompose(W.flatten(1), generator)
         rank = self.choose(s, W)
         gaps = s[:rank] - s[1 : rank + 1] if rank < len(s) else s[:-1] - s[1:]
-        ambiguous = bool(
-            (gaps <= _GAP * s[0]).any()
-        )  # equal values leave their directions open: the file must say which
-        self.allocate(rank, self.method.save_basis or ambiguous)
+        ambiguous = bool((gaps <= _GAP * s[0]).any())
+        self.allocate(
+            rank, self.method.save_basis or ambiguous
+        )  # equal values leave open which directions: the file must say
         kind = base.weight.dtype
-        self.keep(U[:, :rank].to(kind), s[:rank].to(W.dtype), V[:rank].view(rank, *W.shape[1:]).to(kind))
+        U, V = U[:, :rank].to(kind, copy=True), V[:rank].to(kind, copy=True)
+        self.keep(U, s[:rank].to(W.dtype, copy=True), V.view(rank, *W.shape[1:]))
         self.origin = digest(base.weight)
         if self.delta_bias is not None:
             self.delta_bias.zero_()
@@ -201,6 +202,8 @@ class Spectrum(Product):
         if type(rank) is not int or not 1 <= rank <= largest_rank(self.site) or type(stored) is not bool:
             raise AttachError(f"svfit: {self.site.key} has no structure {structure}")
         if stored:
+            kinds = self.U.dtype, self.singular.dtype, self.V.dtype
             self.allocate(rank, stored)
+            self.keep(*(t.to(kind) for t, kind in zip((self.U, self.singular, self.V), kinds, strict=True)))
         elif rank != self.rank or self.stored:
             raise AttachError(f"svfit: {self.site.key} was decomposed to rank {rank}, here to {self.rank}")
