@@ -540,13 +540,12 @@ def test_two_deltas_of_one_method_at_one_place_keep_apart(tmp_path: Any) -> None
     """They had one name between them: the file held one of the two."""
 
     class Both(Method):
-        slug = "toy-both"
-
         def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
             for site in anatomy.sites(["up"]):
                 yield Place(site, Dense(site))
                 yield Place(site, Affine(site.out_features))
 
+    Both.slug = "toy-both"
     with toys.registered(Both):
         model, batch = toys.model("bert"), tiny.batch("bert")
         tuned = pt.attach(model, Both(), train_head=False)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 import petiole as pt
 import tiny
-from petiole.errors import TrainingError
+import toys
+from petiole.anatomy import Anatomy
+from petiole.errors import AttachError, TrainingError
+from petiole.method import Method, Place
+from toys import Tokens, first, output
 
 
 def tokens_of(tuned: pt.Adaptation) -> torch.Tensor:
@@ -99,3 +107,223 @@ def test_a_block_whose_output_nobody_reads_is_named_with_a_way_out() -> None:
 def test_a_refusal_says_what_is_missing(family: str, method: pt.Method, says: str) -> None:
     with pytest.raises(pt.PetioleError, match=says):
         pt.attach(tiny.model(family), method)
+
+
+# -------------------------------------------------------------------------------------- against a model without petiole, by hand
+
+
+def prompt(length: int, *depths: int, stack: str | None = None) -> Method:
+    """Tokens before the blocks at these depths; those of the first are as wide as the embeddings."""
+
+    def places(anatomy: Anatomy) -> list[Place]:
+        chosen = stack or anatomy.stacks[0].name
+        found = []
+        for depth in depths or (0,):
+            width = anatomy.stack(chosen).hidden_size
+            if depth == 0 and chosen != "vision":
+                width = next((site.out_features for site in anatomy.outside if site.role == "embedding"), width)
+            found.append(Place(toys.whole_block(anatomy, depth, chosen).at("input"), Tokens(length, width)))
+        return found
+
+    return toys.method(places)
+
+
+def longer(model: nn.Module, batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """What one would give a bare model: embeddings with the tokens in front, and a mask, labels and types as long."""
+    rows, length = batch["input_ids"].shape[0], tokens.shape[0]
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    found: dict[str, Any] = {"inputs_embeds": torch.cat([tokens.expand(rows, -1, -1), embeds], 1)}
+    for name, value in batch.items():
+        if name in ("attention_mask", "token_type_ids"):
+            found[name] = torch.cat([value.new_full((rows, length), name == "attention_mask"), value], 1)
+        elif (
+            name == "labels"
+            and value.ndim == 2
+            and "decoder" not in type(model).__name__.lower()
+            and not model.config.is_encoder_decoder
+        ):
+            found[name] = torch.cat([value.new_full((rows, length), -100), value], 1)
+        elif name == "labels":
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none", "no mask"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox", "opt", "t5", "bart", "gemma"])
+def test_a_text_model_sees_the_tokens_and_its_caller_does_not(family: str, padding: str) -> None:
+    """Logits, loss and mask: as if the caller had put them in, and taken their outputs away."""
+    model, batch = toys.model(family), tiny.batch(family)
+    if padding == "left":
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+        if not model.config.is_encoder_decoder:
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    elif padding == "none":
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    elif padding == "no mask":
+        del batch["attention_mask"]
+    hand = copy.deepcopy(model)
+    tuned = pt.attach(model, prompt(3))
+    with torch.no_grad():
+        found = model(**batch)
+        wanted = hand(**longer(hand, batch, tuned.slots[0].delta.tokens))
+    logits = wanted.logits if model.config.is_encoder_decoder else wanted.logits[:, 3:]
+    seen = batch.get("attention_mask", torch.ones(1)).bool()
+    if seen.shape == logits.shape[:2]:
+        torch.testing.assert_close(found.logits[seen], logits[seen], rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-5)
+    assert found.logits.shape[:2] == batch["labels"].shape
+    if model.config.is_encoder_decoder:
+        torch.testing.assert_close(found.loss, wanted.loss)
+    else:  # the first real token is a target of the last extra one there, and of none here
+        target = batch["labels"][:, 1:].flatten()
+        loss = nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), target, ignore_index=-100)
+        torch.testing.assert_close(found.loss, loss)
+    tuned.check(batch)
+
+
+@pytest.mark.parametrize("named", ["positions", "types", "embeddings", "by position"])
+def test_what_a_caller_may_pass_besides_is_lengthened_too(named: str) -> None:
+    model, batch = toys.model("bert"), tiny.batch("bert")
+    hand = copy.deepcopy(model)
+    tuned = pt.attach(model, prompt(3), train_head=False)
+    wanted = longer(hand, batch, tuned.slots[0].delta.tokens)
+    arguments: tuple[Any, ...] = ()
+    if named == "positions":
+        batch["position_ids"] = torch.tensor([[4, 2, 0, 1, 3, 5, 6]])
+        wanted["position_ids"] = torch.cat([torch.arange(3)[None], batch["position_ids"] + 3], 1)
+    elif named == "types":
+        batch["token_type_ids"] = torch.tensor([[0, 0, 1, 1, 1, 0, 1]] * 2)
+        wanted["token_type_ids"] = torch.cat([torch.zeros(2, 3, dtype=torch.long), batch["token_type_ids"]], 1)
+    elif named == "embeddings":
+        batch["inputs_embeds"] = hand.get_input_embeddings()(batch.pop("input_ids"))
+    else:
+        arguments = (batch.pop("input_ids"), batch.pop("attention_mask"))
+    with torch.no_grad():
+        found = model.bert(*arguments, **{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
+        by_hand = hand.bert(**{k: v for k, v in wanted.items() if k != "labels"}).last_hidden_state
+    torch.testing.assert_close(found, by_hand[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "ast", "wav2vec2", "clip", "bert", "llama", "t5"])
+def test_tokens_at_each_block_take_the_place_of_the_earlier_ones(family: str, deep: bool) -> None:
+    """By hooks of the test's own on the blocks of a bare model: put in front, replaced, taken away."""
+    model, batch = toys.model(family), tiny.batch(family)
+    text = family in ("bert", "llama", "t5")
+    stack = "vision" if family == "clip" else "encoder" if family == "t5" else None
+    hand = copy.deepcopy(model)
+    tuned = pt.attach(model, prompt(3, *((0, 1) if deep else (0,)), stack=stack), train_head=False)
+    tokens = [slot.delta.tokens for slot in tuned.slots]
+    blocks = [
+        hand.get_submodule(b.path) for b in pt.anatomy(hand).stack(stack or pt.anatomy(hand).stacks[0].name).blocks
+    ]
+
+    def enter(depth: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            h = args[0] if args else kwargs["hidden_states"]
+            if depth or text:
+                h = torch.cat([tokens[depth].expand(len(h), -1, -1), h[:, 3:]], 1) if depth < len(tokens) else h
+            else:
+                h = torch.cat([tokens[0].expand(len(h), -1, -1), h], 1)
+            return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, found: Any) -> Any:
+        return found[:, 3:] if isinstance(found, Tensor) else (found[0][:, 3:], *found[1:])
+
+    for depth, block in enumerate(blocks):
+        if not (text and depth == 0):
+            block.register_forward_pre_hook(enter(depth), with_kwargs=True)
+    given: dict[str, Any] = batch
+    with torch.no_grad():
+        if text:
+            given = longer(hand, batch, tokens[0])
+        if family in ("bert",) or not text:
+            blocks[-1].register_forward_hook(leave)
+        found, wanted = first(model(**batch)), first(hand(**given))
+    wanted = wanted[:, 3:] if family == "llama" else wanted
+    seen = batch["attention_mask"].bool() if family == "llama" else slice(None)
+    torch.testing.assert_close(found[seen], wanted[seen], rtol=1e-4, atol=1e-5)
+    tuned.check(batch)
+
+
+# ------------------------------------------------------------------------------------------------------------------ generation
+
+
+def by_hand(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor, steps: int) -> Tensor:
+    """Greedy decoding that computes everything anew in every step, without a cache and without `generate`."""
+    rows = len(ids)
+    mask = torch.cat([mask.new_ones(rows, len(tokens)), mask], 1)
+    embeds = torch.cat([tokens.expand(rows, -1, -1), model.get_input_embeddings()(ids)], 1)
+    made = []
+    for _ in range(steps):
+        if model.config.is_encoder_decoder:
+            start = ids.new_full((rows, 1), model.config.decoder_start_token_id)
+            decoded = torch.cat([start, *made], 1)
+            logits = model(inputs_embeds=embeds, attention_mask=mask, decoder_input_ids=decoded, use_cache=False).logits
+        else:
+            own = mask[:, len(tokens) :].cumsum(-1) - 1
+            places = torch.cat([torch.arange(len(tokens)).expand(rows, -1), own.clamp_min(0) + len(tokens)], 1)
+            logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False).logits
+        following = logits[:, -1:].argmax(-1)
+        made.append(following)
+        if not model.config.is_encoder_decoder:
+            embeds = torch.cat([embeds, model.get_input_embeddings()(following)], 1)
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+    return torch.cat(made, 1)
+
+
+@pytest.mark.parametrize("padding", ["left", "none"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "t5", "bart"])
+def test_generation_gives_what_computing_everything_anew_gives(family: str, padding: str) -> None:
+    model, batch = toys.model(family), tiny.batch(family, size=3)
+    hand = copy.deepcopy(model)
+    tuned = pt.attach(model, prompt(3))
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    if padding == "left":
+        mask[1, :2] = 0
+        ids[1, :2] = 0
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
+    with torch.no_grad():
+        wanted = by_hand(hand, ids, mask, tuned.slots[0].delta.tokens, 6)
+        plain = by_hand(hand, ids, mask, tuned.slots[0].delta.tokens[:0], 6)
+    assert not torch.equal(wanted, plain), "the tokens make no difference"
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    for cached in (True, False):
+        assert torch.equal(model.generate(ids, use_cache=cached, **options)[:, -6:], wanted), f"use_cache={cached}"
+    beams = [
+        model.generate(ids, use_cache=cached, num_beams=3, num_return_sequences=2, **options)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*beams)
+    with pt.disabled(model):
+        assert torch.equal(model.generate(ids, **options)[:, -6:], plain)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_with_a_cache_from_before_goes_on_without_the_tokens(masked: bool) -> None:
+    """A cache that the bare model filled holds no tokens: the mask that comes with it must not be lengthened."""
+    model, batch = toys.model("llama"), tiny.batch("llama")
+    ids, mask = batch["input_ids"], batch["attention_mask"].flip(1)
+    more = {"attention_mask": torch.cat([mask, mask.new_ones(2, 1)], 1)} if masked else {}
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        wanted = model(ids[:, -1:], past_key_values=copy.deepcopy(cache), **more).logits
+        pt.attach(model, prompt(3))
+        assert torch.equal(model(ids[:, -1:], past_key_values=copy.deepcopy(cache), **more).logits, wanted)
+
+
+def test_what_can_not_be_lengthened_is_refused() -> None:
+    model, batch = toys.model("llama"), tiny.batch("llama")
+    pt.attach(model, prompt(3))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    with pytest.raises(AttachError, match="4-D mask"):
+        output(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
+    with pytest.raises(AttachError, match="every row of a batch needs them"), pt.route(model, ["default", None]):
+        output(model, batch)
+    with pytest.raises(AttachError, match=r"a bias for each pair of patches|one width"):
+        pt.attach(toys.model("swin"), prompt(3))
+    with pytest.raises(AttachError, match="layers begins at 1, not 0"):
+        pt.attach(toys.model("bert"), prompt(3, 1))

@@ -32,6 +32,7 @@ from petiole.junction import (
     ModuleSlot,
     ParameterJunction,
     ParameterSlot,
+    Prior,
     Slot,
     StackSlot,
     WeightSlot,
@@ -337,41 +338,57 @@ class Host:
         rows = self.row_names()
         if rows is None:
             return None
-        mine = torch.tensor([adaptation in names for names in rows])
-        if bool(mine.all()):
-            return None
+        mine = [i for i, names in enumerate(rows) if adaptation in names]
         if h is None:
-            return mine.nonzero().flatten()
-        if h.shape[0] % len(rows):
+            return None if len(mine) == len(rows) else torch.tensor(mine, dtype=torch.long)
+        return self.indices(mine, h)
+
+    def indices(self, mine: list[int], h: Tensor) -> Tensor | None:
+        """Rows of the batch as rows of h; None if they are all of them."""
+        rows = self.row_names() or ()
+        if h.shape[0] % max(len(rows), 1):
             raise AttachError(f"pt.route names {len(rows)} rows, but a hidden state has {h.shape[0]}")
-        return mine.repeat_interleave(h.shape[0] // len(rows)).nonzero().flatten().to(h.device)
+        if len(mine) == len(rows):
+            return None
+        each = h.shape[0] // len(rows)
+        return (torch.tensor(mine, dtype=torch.long)[:, None] * each + torch.arange(each)).flatten().to(h.device)
 
     def given(self, name: str, default: Any = None) -> Any:
         """A value that `pt.given` holds for this forward pass."""
-        return self.now().given.get(id(self), {}).get(name, default)
+        now = self.now()
+        value = now.given.get(id(self), {}).get(name, default)
+        names = now.rows.get(id(self))
+        return value if names is None else context.of_rows_seen(value, len(names))
 
-    def prior(self, slot: Slot) -> list[tuple[Site, Any]] | None:
-        """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise.
-
-        None where they act on some of its rows and not on others.
-        """
+    def prior(self, slot: Slot) -> list[Slot]:
+        """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise."""
         path = self.first_path(slot.site.caller or slot.site.path)
         junction = self.junctions.get((path, slot.site.kind == "parameter"))
-        if junction is None or len(junction[0].slots) < 2:
-            return []
-        found: list[tuple[Site, Any]] = []
-        rows = self.row_names()
-        for other, _ in junction[0].slots:
+        found: list[Slot] = []
+        for other, _ in junction[0].slots if junction is not None else ():
             if other is slot:
                 break
-            if not changes_weight(other) or not overlap(other.site, slot.site) or not other.acts():
-                continue
-            beside = {other.adaptation in row for row in rows or () if slot.adaptation in row}
-            if len(beside) > 1:
-                return None
-            if beside != {False}:
-                found.append((other.site, other.delta))
+            if changes_weight(other) and overlap(other.site, slot.site) and other.acts():
+                found.append(other)
         return found
+
+    def prior_by_rows(self, slot: Slot, h: Tensor) -> list[tuple[Tensor | None, Prior]]:
+        """The rows of h on which a slot acts, in groups with the same earlier changes; None for all rows."""
+        prior, rows = self.prior(slot), self.row_names()
+        if rows is None:
+            return [(None, [(other.site, other.delta) for other in prior])]
+        if slot.site.expert >= 0:
+            raise AttachError(
+                f"{slot.site.key}: an expert gets the tokens of all rows together, so rows can't differ here"
+            )
+        groups: dict[tuple[bool, ...], list[int]] = {}
+        for i, names in enumerate(rows):
+            if slot.adaptation in names:
+                groups.setdefault(tuple(other.adaptation in names for other in prior), []).append(i)
+        return [
+            (self.indices(mine, h), [(other.site, other.delta) for other, acts in zip(prior, key, strict=True) if acts])
+            for key, mine in groups.items()
+        ]
 
     def attention_module(self, site: Site) -> str:
         """Path of the module that calls the attention interface."""

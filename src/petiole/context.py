@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,34 @@ def without(host: int, name: str, active: Names) -> Context:
     return with_active(host, tuple(n for n in now.active.get(host, active) if n != name))
 
 
+_SEEN: ContextVar[tuple[torch.Tensor, int] | None] = ContextVar("petiole_rows", default=None)
+
+
+@contextmanager
+def seeing(rows: torch.Tensor, count: int) -> Iterator[None]:
+    """What runs inside sees these rows of a hidden state that has `count`."""
+    token = _SEEN.set((rows, count))
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def of_rows_seen(value: Any, batch: int) -> Any:
+    """Of a value for each row of the batch, those of the rows that are seen; any other value as it is."""
+    seen = _SEEN.get()
+    if seen is None:
+        return value
+    rows, count = seen
+    each = count // batch
+    mine = rows[::each] // each
+    if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch:
+        return value.index_select(0, mine.to(value.device))
+    if isinstance(value, (list, tuple)) and len(value) == batch:
+        return type(value)(value[i] for i in mine.tolist())
+    return value
+
+
 class Recall:
     """Wraps the checkpointing function that a Transformers layer holds, so that recomputation sees the forward's context.
 
@@ -130,7 +159,12 @@ class Recall:
                 a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
                 for a in args
             )
-        return self.inner(_Twice(self.host, function), *args, **kwargs)
+        again = _Twice(self.host, function)
+        inner = self.inner
+        if again.held and isinstance(inner, partial) and inner.keywords.get("use_reentrant"):
+            # What was read outside has a graph of its own, through which the re-entrant way would go twice.
+            inner = partial(inner, use_reentrant=False)
+        return inner(again, *args, **kwargs)
 
 
 class _Twice:

@@ -7,14 +7,14 @@ child (named `petiole`) of a module, with all the slots that read or write there
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from petiole import factored
+from petiole import context, factored
 from petiole.anatomy import Site
 from petiole.errors import AttachError
 from petiole.method import ASIDE, Base, Place, add_rows, composed, raw
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Put = Callable[[Tensor], Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Prior = Sequence[tuple[Site, Any]]  # earlier changes of the same weight: their sites and deltas
 _NAMES = ("hidden_states", "hidden_state", "inputs_embeds", "input", "inputs", "x", "src", "query", "features")
 
 
@@ -80,7 +81,10 @@ def on_rows(h: Tensor, rows: Tensor | None, change: Callable[[Tensor], Tensor]) 
     """Apply `change` to the named rows of h only; to all of them where `rows` is None."""
     if rows is None:
         return change(h)
-    return h if rows.numel() == 0 else h.index_copy(0, rows, change(h.index_select(0, rows)).to(h.dtype))
+    if rows.numel() == 0:
+        return h
+    with context.seeing(rows, h.shape[0]):
+        return h.index_copy(0, rows, change(h.index_select(0, rows)).to(h.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ slots
@@ -163,10 +167,12 @@ class WeightSlot(Slot):
         self.fire()
         x = args[0] if args else of_input(args, kwargs)[0]
         y, put = of_output(output)
-        rows = self.host.rows(self.adaptation, y)
-        if rows is None:
-            return put(self.changed(module, y, x))
-        return put(on_rows(y, rows, lambda part: self.changed(module, part, x.index_select(0, rows))))
+        for rows, prior in self.host.prior_by_rows(self, y):
+            if rows is None:
+                return put(self.changed(module, y, x, prior))
+            mine = x.index_select(0, rows)
+            y = on_rows(y, rows, lambda part, mine=mine, prior=prior: self.changed(module, part, mine, prior))  # type: ignore[misc]
+        return put(y)
 
     def by_row(
         self,
@@ -194,8 +200,8 @@ class WeightSlot(Slot):
         factors = [factored.Factor.of(part, rows) for part in parts]
         return put(factored.add_by_row(x, y, factors, index, kept))
 
-    def changed(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        site, prior = self.site, self.host.prior(self)
+    def changed(self, module: nn.Module, y: Tensor, x: Tensor, prior: Prior) -> Tensor:
+        site = self.site
         if site.kind == "embedding":
             return y + embedding_scale(module) * self.delta(x, Base(site, module, y, prior)).to(y.dtype)
         if not site.rows:
@@ -498,7 +504,9 @@ class ParameterSlot(Slot):
 
     def pairs(self) -> Iterator[tuple[str, Tensor, bool]]:
         """The tensors of the owner that change: name, change in the site's own rows, whether it is the weight."""
-        base = Base(self.site, self.host.module(self.site.path), None, self.host.prior(self))
+        base = Base(
+            self.site, self.host.module(self.site.path), None, [(s.site, s.delta) for s in self.host.prior(self)]
+        )
         changes = ((self.site.parameter, self.delta.weight(base.weight)), (self.site.bias, self.delta.bias(base.bias)))
         for name, change in changes:
             if change is not None and not name:

@@ -7,9 +7,12 @@ here knows a method by name; a method registers itself by being defined.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import pkgutil
+import reprlib
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -22,6 +25,9 @@ from torch import Tensor, nn
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError, ConfigError
 from petiole.factored import Parts
+
+shortened = reprlib.Repr()  # of values in messages
+shortened.maxstring = shortened.maxother = 80
 
 Composition = Literal["add", "multiply", "gate", "replace"]
 Layers = tuple[int, ...] | None
@@ -123,12 +129,12 @@ class HiddenDelta(Delta):
     def by_row(self, deltas: Sequence[Any], index: Tensor, h: Tensor) -> Tensor | None:
         """Another delta for each row: h (n, t, d), index (n,) into `deltas` (-1: any) -> Δ (n, t or 1, d); None if they don't batch.
 
-        The fallback runs deltas of one class and equal shapes as one, with their parameters gathered by row. Those of other shapes
+        The fallback runs deltas that differ in nothing but the values of their parameters as one, with those gathered by row. Others
         can be padded by overriding this.
         """
         states = [dict(delta.named_parameters()) for delta in deltas]
         shapes = [{name: p.shape for name, p in state.items()} for state in states]
-        same = all(type(d) is type(deltas[0]) for d in deltas) and all(shape == shapes[0] for shape in shapes)
+        same = all(alike(d, deltas[0]) for d in deltas) and all(shape == shapes[0] for shape in shapes)
         if (
             not same
             or not shapes[0]
@@ -138,11 +144,60 @@ class HiddenDelta(Delta):
         place = index.clamp_min(0).to(h.device)
         gathered = {name: torch.stack([state[name] for state in states]).index_select(0, place) for name in shapes[0]}
 
+        stand_in = shell(
+            deltas[0]
+        )  # whose parameters are replaced for the call, while other threads go on using the delta
+        stand_in.host = OneRow()
+
         def one(state: dict[str, Tensor], row: Tensor) -> Tensor:
-            change = torch.func.functional_call(deltas[0], state, (row,))
+            change = torch.func.functional_call(stand_in, state, (row,))
             return change if change.ndim > 1 else change[None]
 
-        return torch.func.vmap(one)(gathered, h)
+        try:
+            return torch.func.vmap(one)(gathered, h)
+        except (
+            RuntimeError,
+            AttachError,
+        ):  # it looks at values, draws random numbers, or wants what is given for the batch
+            return None
+
+
+class OneRow:
+    """The host of a delta that sees one row: what is given for the batch is not that row's."""
+
+    def given(self, name: str, default: Any = None) -> Any:
+        raise AttachError(f"{name} is given for the whole batch")
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are built alike: classes and plain attributes the same, all through, and no buffers."""
+    pairs = list(zip(one.modules(), other.modules(), strict=False))
+    if len(pairs) != len(list(one.modules())) or len(pairs) != len(list(other.modules())):
+        return False
+
+    def attributes(module: nn.Module) -> dict[str, Any]:
+        return {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "host"}
+
+    def same(a: Any, b: Any) -> bool:
+        plain = isinstance(a, (bool, int, float, str, type(None), torch.dtype, torch.device))
+        return a is b or (plain and type(a) is type(b) and a == b)
+
+    return all(
+        type(a) is type(b)
+        and not (a._buffers or b._buffers)
+        and attributes(a).keys() == attributes(b).keys()
+        and all(same(value, attributes(b)[key]) for key, value in attributes(a).items())
+        for a, b in pairs
+    )
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """The same module with dictionaries of its own: what is put in its parameters' place is not seen in the original."""
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+    copy._modules = {name: None if child is None else shell(child) for name, child in module._modules.items()}
+    return copy
 
 
 class ModuleDelta(Delta):
@@ -193,17 +248,9 @@ class Base:
     quantised weights dequantised. `output` is the frozen module's output for these rows during a forward pass."""
 
     def __init__(
-        self, site: Site, module: nn.Module, output: Tensor | None = None, prior: Sequence[tuple[Site, Any]] | None = ()
+        self, site: Site, module: nn.Module, output: Tensor | None = None, prior: Sequence[tuple[Site, Any]] = ()
     ) -> None:
-        self.site, self.module, self.output, self.earlier = site, module, output, prior
-
-    @property
-    def _prior(self) -> Sequence[tuple[Site, Any]]:
-        if self.earlier is None:
-            raise AttachError(
-                f"{self.site.key}: what is attached here starts from the weight, which another adaptation changes for some of its rows"
-            )
-        return self.earlier
+        self.site, self.module, self.output, self._prior = site, module, output, prior
 
     @property
     def weight(self) -> Tensor:
@@ -416,7 +463,9 @@ class Moment:
 class Method(BaseModel):
     """A published system. Subclasses add fields, `deltas` and, where they act over time, events."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
+    )
 
     slug: ClassVar[str] = ""
     title: ClassVar[str] = ""  # of the paper
@@ -439,6 +488,10 @@ class Method(BaseModel):
         Raises:
             ConfigError: names the field, the value given and the allowed range, or the fields there are.
         """
+        for name, value in fields.items():
+            info = type(self).model_fields.get(name)
+            if isinstance(value, bool) and info is not None and bool not in kinds(info.annotation):
+                raise ConfigError(f"{type(self).__name__}.{name} = {value}: {info.description or 'it is no switch'}")
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -516,13 +569,22 @@ class Method(BaseModel):
         return getattr(type(self), event) is not getattr(Method, event)
 
 
+def kinds(annotation: Any) -> set[Any]:
+    """The plain types in an annotation such as `int | None`."""
+    return {annotation}.union(*(kinds(part) for part in typing.get_args(annotation)))
+
+
 def explain(cls: type[BaseModel], error: ValidationError) -> str:
     """A pydantic refusal in at most three lines: field, value, allowed range or nearest names."""
-    lines = []
+    lines: list[str] = []
     for item in error.errors()[:2]:
         name = ".".join(str(part) for part in item["loc"]) or "configuration"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}")
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            lines.append(
+                f"{cls.__name__} has no field {name!r}{f'; did you mean {near[0]}?' if near else ''}"
+                f" It has {', '.join(cls.model_fields) or 'none at all'}"
+            )
         else:
             about = (
                 cls.model_fields[str(item["loc"][0])].description
@@ -530,7 +592,8 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
                 else ""
             )
             lines.append(
-                f"{cls.__name__}.{name} = {item.get('input')!r}: {item['msg']}" + (f" ({about})" if about else "")
+                f"{cls.__name__}.{name} = {shortened.repr(item.get('input'))}: {item['msg']}"
+                + (f" ({about})" if about else "")
             )
     more = len(error.errors()) - len(lines)
     return "\n".join(lines + ([f"and {more} more"] if more else []))
@@ -577,8 +640,6 @@ def find(slug: str) -> type[Method]:
     Raises:
         ConfigError: there is none; the message lists the nearest names.
     """
-    import difflib
-
     known = registry()
     if slug not in known:
         near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4)

@@ -121,9 +121,15 @@ def load(
         else "".join(c if c.isalnum() or c in "-_" else "-" for c in local.name.split(".")[0])[:64] or "default"
     )
     adaptation = install(model, made, found, name=checked(model, short), seed=seed)
-    with torch.no_grad():  # after everything that a method does on attaching
-        for key, tensor in adaptation.named_tensors(folded=False).items():
-            tensor.copy_(tensors[key])
+    try:
+        current = adaptation.named_tensors(folded=False)
+        compare(local, current, tensors)  # once more, after everything that a method does on attaching
+        with torch.no_grad():
+            for key, tensor in current.items():
+                tensor.copy_(tensors[key])
+    except BaseException:
+        adaptation.detach()
+        raise
     for number, values in state.items():
         adaptation.state[number].update(values)
     return adaptation
@@ -175,7 +181,12 @@ def restructure(module: nn.Module, structure: dict[str, Any], device: torch.devi
     rebuild = getattr(module, "restructure", None)
     if not callable(rebuild):
         raise AttachError(f"{type(module).__name__} has no variable structure, but one was stored: {structure}")
-    rebuild(structure)
+    try:
+        rebuild(structure)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, PetioleError):
+            raise
+        raise AttachError(f"{type(module).__name__} can't have the stored structure {structure}: {error}") from None
     module.to(device)
 
 
@@ -297,12 +308,12 @@ def push(
 def pull(name: str) -> Path:
     """Download the one file of `hub:owner/name`."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     repository = name.removeprefix(HUB)
     try:
         return Path(hf_hub_download(repository, HUB_FILE))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise FileError(f"{name}: {str(error).splitlines()[0]}") from None
 
 

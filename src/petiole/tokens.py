@@ -127,6 +127,8 @@ class TokenSlot(Slot):
     def lengthen_masks(self, kwargs: Kwargs, source: Tensor, seen: int) -> None:
         batch, length = source.shape[0], self.length
         mask = kwargs.get("attention_mask")
+        if seen and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == seen + source.shape[1]:
+            return  # the mask covers all that the cache holds: it was filled without these tokens
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
                 raise AttachError(
