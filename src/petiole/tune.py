@@ -73,6 +73,7 @@ class Course:
         steps: optimiser steps done.
         seconds: spent in training, without evaluation.
         step_seconds: median over the steps, from the batch at hand to the parameters moved.
+        share: processor time over wall time; well below 1 on a CPU, other work was in the way and times are too long.
         losses: (step, mean loss since the last entry).
         scores: (step, score on validation), where it was asked for.
         last: every metric of the last of them, which is taken after the last step.
@@ -81,6 +82,7 @@ class Course:
     steps: int
     seconds: float
     step_seconds: float
+    share: float
     losses: list[list[float]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     last: dict[str, float] = field(default_factory=dict)
@@ -122,10 +124,11 @@ def train(
             data_collator=task.collator,
         )
         watch = watcher(trainer, task, recipe, steps, evaluations, on_step)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         trainer.train()
-    seconds = time.perf_counter() - start - watch.aside
-    return Course(steps, seconds, statistics.median(watch.times), watch.losses, watch.scores, watch.last)
+    whole, busy = time.perf_counter() - start, time.process_time() - busy
+    step = statistics.median(watch.times)
+    return Course(steps, whole - watch.aside, step, busy / whole, watch.losses, watch.scores, watch.last)
 
 
 def arguments(recipe: Recipe, steps: int, learning_rate: float, seed: int, folder: str) -> Any:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,14 @@ def test_what_changed_nothing_is_said_to_have_changed_nothing(
     result = again(here, tmp_path / "nothing", "linear-probe", trials=1, seeds=1)
     assert any("changed nothing" in note for note in result.row("linear-probe").notes)
     assert not any("changed nothing" in note for note in result.row("bare").notes)
+
+
+def test_a_crowded_machine_is_said_in_the_report(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = benches.train
+    for share, said in ((0.4, True), (0.95, False)):
+        monkeypatch.setattr(benches, "train", lambda *a, share=share, **k: replace(own(*a, **k), share=share))
+        result = again(here, tmp_path / str(share), "linear-probe", trials=1, seeds=1)
+        assert any("40 % of a core" in note for note in result.notes) == said
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes, forgetting

@@ -256,12 +256,7 @@ class Bench:
 
 def trained(course: Course) -> dict[str, Any]:
     """What a trial records of its training."""
-    return {
-        "steps": course.steps,
-        "seconds": course.seconds,
-        "step_seconds": course.step_seconds,
-        "losses": course.losses,
-    }
+    return {name: getattr(course, name) for name in ("steps", "seconds", "step_seconds", "share", "losses")}
 
 
 def file_name(label: str) -> str:

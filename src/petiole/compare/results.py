@@ -39,7 +39,8 @@ class Trial:
         cost: see `petiole.cost.Cost.to_dict`.
         losses: (step, mean training loss since the one before).
         course: (step, score on validation).
-        steps, seconds, step_seconds: of training alone; the last is the median of one step. wall_seconds: of the whole trial.
+        steps, seconds, step_seconds: of training alone; the last is the median of one step. share: processor
+            time over wall time. wall_seconds: of the whole trial.
         outputs: digest of the model's outputs on one batch: equal where nothing was changed.
         file: of the adaptation, relative to the folder; file_bytes: its size.
     """
@@ -63,6 +64,7 @@ class Trial:
     steps: int = 0
     seconds: float = 0.0
     step_seconds: float | None = None
+    share: float | None = None
     wall_seconds: float = 0.0
     outputs: str = ""
     file: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from petiole.compare.settings import SEARCH_SEED, Settings
 from petiole.compare.table import Row, axes, ranked, spread
 from petiole.compare.watch import Watch
 from petiole.method import Method
+
+ALONE = 0.8  # a training that has a core for itself gets at least this share of it
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Round:
                 "forgetting": bench.forgetting.description if bench.forgetting else None,
                 "forgetting_before": bench.forgetting.before if bench.forgetting else None,
             },
-            notes=[*self.notes, *self.edges(table)],
+            notes=[*self.notes, *self.edges(table), *self.crowded([t for _, runs in made for t in runs])],
             trials=len(self.results.by_key),
             repeated=self.repeated,
         )
@@ -288,6 +291,16 @@ class Round:
             f"the best learning rate lies at the {edge} end of the method's range, so a search beyond it may find a better one: {', '.join(labels)}"
             for edge, labels in at.items()
             if labels
+        ]
+
+    def crowded(self, trials: Sequence[Trial]) -> list[str]:
+        """A remark where other work on the machine kept the trainings waiting, so that times can't be trusted."""
+        shares = [trial.share for trial in trials if trial.share is not None]
+        if self.bench.device.type != "cpu" or not shares or statistics.median(shares) >= ALONE:
+            return []
+        return [
+            f"the machine was busy with other work: trainings got {100 * statistics.median(shares):.0f} % of a core, so times are too long, "
+            "and not by the same factor in all rows"
         ]
 
     # ---- what came of it
