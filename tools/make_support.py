@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +344,17 @@ def numbered(texts: Iterator[str]) -> dict[str, int]:
 def plain(cell: Cell) -> str:
     """A reason without the names of this method and this model."""
     text = cell.reason.removeprefix(f"{cell.slug}: ").removeprefix(f"{cell.slug} ")
-    text = re.sub(r"\b[A-Z]\w*(?:For\w+|Model|LMHeadModel|Transformer2DModel|Encoder|Transformer)\b", "the model", text)
+    text = re.sub(rf"\b{class_of(cell.family)}\b", "the model", text)
     text = re.sub(r" \(roles=.*?\)(?=$|[;\n])|; nearest: [^;]*", "", text)
     text = re.sub(r"(the attention of the model) \(\w+\)", r"\1", text)
     text = text.split("; ")[0] if text.startswith("the model: no ") else text
     return ("**failed**: " if cell.outcome == "failed" else "") + text.strip()
+
+
+@cache
+def class_of(family: str) -> str:
+    """Class name of a family's model."""
+    return type(tiny.model(family)).__name__
 
 
 def mark(cell: Cell, told: dict[str, int], refused: dict[str, int]) -> str:
