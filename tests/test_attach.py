@@ -775,6 +775,29 @@ def test_a_thousand_attachments_leave_nothing() -> None:
     assert counts[1] <= counts[0], "modules or tensors pile up"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_delta_is_in_the_mode_of_its_model(training: bool) -> None:
+    """Its dropout acted in evaluation, until somebody called `eval` once more."""
+
+    class Dropping(Affine):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, h: Tensor) -> Any:
+            return self.dropout(super().forward(h))
+
+    model = toys.model("bert").train(training)
+    for name in ("first", "second"):  # which finds its junctions there
+        methods = [
+            toys.method(on(["ffn"], lambda s: Dropping(s.size)), shared=lambda self, anatomy: nn.Dropout(0.5)),
+            toys.method(lambda a: [Place(toys.whole_block(a, 1), Halved())]),
+        ]
+        tuned = pt.attach(model, methods, name=name)
+        assert {m.training for _, module in tuned.modules() for m in module.modules()} == {training}
+    assert {m.training for m in model.modules()} == {training}
+
+
 def test_detached_twice_and_never_attached_are_refused() -> None:
     model = toys.model("bert")
     with pytest.raises(AttachError, match="nothing is attached"):

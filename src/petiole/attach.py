@@ -636,9 +636,10 @@ class Substitute(nn.Module):
 
     def __init__(self, slot: BlockSlot, block: nn.Module) -> None:
         super().__init__()
-        self.delta = slot.delta
+        self.delta = slot.delta.train(block.training)
         self._slot = slot
         self.block = block
+        self.training = block.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -776,7 +777,7 @@ def install(model: nn.Module, made: Plan, found: Anatomy, *, name: str, seed: in
         for slot in slots:
             host.install(slot)
         for number, shared in made.shared.items():
-            model.add_module(f"{_CHILD}_shared_{name}-{number}", shared)
+            model.add_module(f"{_CHILD}_shared_{name}-{number}", shared.train(model.training))
         for own in made.trained:
             host.tensor(own).requires_grad_(True)
         host.active = (name,)

@@ -413,7 +413,7 @@ class Junction(nn.Module):
 
     def add(self, slot: Slot, point: Point) -> None:
         if point.owns:
-            self.deltas[self.name(slot)] = slot.delta
+            self.deltas[self.name(slot)] = slot.delta.train(self.training)
         self.slots.append((slot, point))
 
     def drop(self, slot: Slot) -> None:

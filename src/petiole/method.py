@@ -147,7 +147,7 @@ class HiddenDelta(Delta):
         stand_in = shell(
             deltas[0]
         )  # whose parameters are replaced for the call, while other threads go on using the delta
-        stand_in.host = OneRow()
+        stand_in.__dict__["host"] = OneRow()
 
         def one(state: dict[str, Tensor], row: Tensor) -> Tensor:
             change = torch.func.functional_call(stand_in, state, (row,))
