@@ -280,6 +280,85 @@ def skeleton(model: str) -> Any:
 
 
 @app.command()
+def plan(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data: they give the head its classes, and the batch is that of their longest rows."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Slugs with commas between; lora:rank=32 sets a field, lora+vpt combines. Default: all."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What is to spend: params=0.5%,memory=8GB,flops=40T; also checkpoint, saved, optimizer, inference."
+        ),
+    ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Give each method the largest main size (rank, bottleneck, length) within the budget."
+        ),
+    ] = False,
+    batch_size: BatchSize = 8,
+    length: Annotated[
+        int, typer.Option(help="Tokens of a text; images have the size that the model was made for.")
+    ] = 128,
+    dtype: Annotated[str | None, typer.Option(help="Type of the backbone's weights; float32 by default.")] = None,
+    precision: Precision = "fp32",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or momentum.")] = "adamw",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+    task: TaskName = "auto",
+    labels: Annotated[int | None, typer.Option(help="Classes of the head, without --data.")] = None,
+    column: Columns = None,
+    limit: Limit = None,
+    max_length: MaxLength = None,
+    axes: Annotated[
+        str, typer.Option(help="Costs of the front: params, memory, flops, inference, checkpoint, saved, optimizer.")
+    ] = "params,memory,flops",
+    plot: Annotated[Path | None, typer.Option(help="Draw parameters against memory into this file (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict what every method would cost on a backbone, and which fit a budget. Reads its configuration alone; nothing is trained."""
+    with reported():
+        from petiole.errors import ConfigError
+        from petiole.planning import plan as run
+        from petiole.planning.inputs import longest
+
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"--precision {precision}: fp32 or bf16")
+        source: dict[str, Any] = {
+            "model": model,
+            "length": length,
+            "num_labels": labels,
+            "task": None if task == "auto" else task,
+        }
+        if data is not None:
+            bound = load_task(model, data, task, column, limit, max_length)
+            source = {"model": bound.empty_model(), "batch": longest(bound, batch_size)}
+        with bar("methods") as step:
+            done = run(
+                methods=methods, budget=budget, fit=fit, batch_size=batch_size, dtype=dtype, optimizer=optimizer, front_axes=axes,
+                autocast="bfloat16" if precision == "bf16" else None, gradient_checkpointing=gradient_checkpointing, watch=step, **source,
+            )  # fmt: skip
+        if plot is not None:
+            done.plot(plot)
+        if as_json:
+            emit(done.to_dict())
+            return
+        print(f"{done.headline()}\n")
+        show(done.columns())
+        for number, remark in enumerate(done.remarks()):
+            print(("\n" if number == 0 else "") + remark)
+        if plot is not None:
+            print(f"\npicture: {plot}")
+
+
+@app.command()
 def compare(
     model: Model,
     data: Data,
