@@ -102,7 +102,8 @@ class Step:
 def steps(text: str) -> Iterator[Step]:
     """The python blocks of a page that are run."""
     found = blocks(text)
-    for block, after in zip(found, [*found[1:], None], strict=True):
+    for number, block in enumerate(found):
+        after = found[number + 1] if number + 1 < len(found) else None
         if block.language == "python" and not block.reason:
             shows = after is not None and after.adjacent and after.language in ("", "text") and not block.hidden
             yield Step(block, after if shows else None)

@@ -42,7 +42,7 @@ tiny = importlib.import_module("tiny")
 PAGE = ROOT / "docs" / "support.md"
 LEARNING_RATE = 1e-2
 MERGED = 1e-4  # what merging may change at most, relative to the largest output
-SIZE = 4  # rank, bottleneck, length: the tiny models are 32 wide and have few positions
+SIZE = 2  # rank, bottleneck, length: the tiny models are 32 wide and have few positions
 # Where a method is tried whose usual places a model lacks.
 OTHER_ROLES = (("qkv",), ("q",), ("up", "down"), ("linear",), ("conv",), ("mixer",), ("block",))
 

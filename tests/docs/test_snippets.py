@@ -16,6 +16,7 @@ import snippets
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {"training.md": "tests/training/test_docs.py runs it"}
+SLOW = ("README.md", "quickstart.md", "choosing.md", "cost.md")  # they train, or measure
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -31,7 +32,10 @@ def _registry() -> Iterator[None]:
         delattr(petiole, new)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW), id=n) for p, n in zip(PAGES, NAMES, strict=True)],
+)
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name in ELSEWHERE:
         pytest.skip(ELSEWHERE[page.name])
@@ -108,6 +112,7 @@ def test_output_setup_and_reasons_are_found() -> None:
         (False, 5, "2.4\n"),
     ]
     assert found[1].shown is not None and found[1].shown.within == 0.5
+    assert not list(snippets.steps("no code\n"))
     assert [b.reason for b in snippets.blocks(text)] == ["", "", "", "needs a GPU", ""]
 
 
