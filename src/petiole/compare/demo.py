@@ -56,9 +56,9 @@ def preset() -> dict[str, Any]:
     """
     return {
         "methods": "linear-probe,bitfit,lora,ia3,houlsby,parallel-adapter,prefix-tuning,vpt",
-        "steps": 40,
+        "steps": 32,
         "batch_size": 16,
         "evaluations": 2,
-        "limit": {"validation": 240},
+        "limit": {"validation": 200},
         "threads": 1,
     }
