@@ -26,8 +26,8 @@ from petiole.method import registry as registry
 from petiole.store import load as load
 
 if TYPE_CHECKING:
-    from petiole.interop import load_peft as load_peft
     from petiole.cache import Cache as Cache
+    from petiole.interop import load_peft as load_peft
     from petiole.planning import plan as plan
     from petiole.training import Events as Events
     from petiole.training import Trainer as Trainer
