@@ -514,3 +514,20 @@ def test_statistics_stay_under_compiled_code_too() -> None:
     torch.compile(model, backend="eager")(**batch)
     assert {name: toys.bits(b) for name, b in model.named_buffers()} == before
     torch._dynamo.reset()
+
+
+def test_composed_weights_are_composed_under_compiled_code_too() -> None:
+    torch._dynamo.reset()
+    model, batch = toys.model("torch_encoder"), tiny.batch("torch_encoder")
+    bare = output(model, batch)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(output(compiled, batch), bare)
+    tuned = pt.attach(model, toys.method(on(["q"], Dense)))
+    attached = output(model, batch)
+    for _ in range(2):
+        torch.testing.assert_close(output(compiled, batch), attached)
+    with pt.disabled(model):
+        torch.testing.assert_close(output(compiled, batch), bare, rtol=1e-5, atol=1e-5)
+    tuned.detach()
+    torch.testing.assert_close(output(compiled, batch), bare)
+    torch._dynamo.reset()

@@ -428,7 +428,8 @@ class Junction(nn.Module):
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Forward pre-hook of the module."""
         factors = self.factors(module, args, kwargs)
-        self._held.pop(threading.get_ident(), None)  # left by a forward pass that failed
+        if self._held:
+            self._held.pop(threading.get_ident(), None)  # left by a forward pass that failed
         if factors:
             self._held[threading.get_ident()] = (args[0], factors)
             return (args[0].detach(), *args[1:]), kwargs

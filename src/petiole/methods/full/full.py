@@ -9,7 +9,7 @@ BitFit: Ben Zaken et al. 2021, arXiv 2106.10199. Norm tuning: Frankle et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -47,6 +47,7 @@ class LinearProbe(Method):
     saves: ClassVar[str] = "gradients, optimiser state and activations: nothing is back-propagated"
     merges: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(("llama", "gpt2", "t5"), "a language model has no task head")
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
 
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
@@ -67,6 +68,7 @@ class BitFit(Method):
     merges: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
     routes: ClassVar[bool] = False
+    exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(("llama", "t5"), "it has no biases")
     idles: ClassVar[str] = _UNUSED
     learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 

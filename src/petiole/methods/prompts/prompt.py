@@ -13,7 +13,7 @@ Merges   no.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import ClassVar, Literal
 
@@ -34,6 +34,7 @@ class PromptTuning(Method):
     paper: ClassVar[str] = "2104.08691"
     saves: ClassVar[str] = "nearly all parameters; costs length at inference"
     size: ClassVar[str] = "length"
+    exempt: ClassVar[Mapping[str, str]] = {"vit": "an image has no token embeddings"}
     routes: ClassVar[bool] = False
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
 
