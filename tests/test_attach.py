@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -646,6 +647,63 @@ def test_a_failure_at_any_step_leaves_the_model_as_it_was(at: str, beside: bool)
     assert torch.equal(output(model, batch), expected)
 
 
+def test_a_model_within_or_around_one_with_adaptations_is_refused() -> None:
+    """The second froze the deltas of the first."""
+    model = toys.model("bert")
+    inner = pt.attach(model.bert, place("q", Dense))
+    with refused(model, "bert has adaptations of its own"):
+        pt.attach(model, place("v", Dense))
+    assert all(p.requires_grad for p in inner.parameters())
+    inner.detach()
+    pt.attach(model, place("v", Dense))
+    with refused(model, "part of a model that has adaptations"):
+        pt.attach(model.bert, place("q", Dense))
+
+
+def test_where_time_comes_first_neither_rows_nor_tokens_are_what_they_seem() -> None:
+    model, x = toys.model("torch_encoder", batch_first=False), torch.randn(6, 2, 32)
+    with refused(model, "tokens need batch_first=True"):
+        pt.attach(model, toys.method(lambda a: [Place(toys.whole_block(a, 0).at("input"), toys.Tokens(3, 32))]))
+    pt.attach(model, toys.method(on(["ffn"], lambda s: Affine(s.size))))
+    with pytest.raises(AttachError, match="rows are not told apart"), pt.route(model, ["default", None]):
+        output(model, {"src": x})
+    with pt.route(model, ["default", "default"]):
+        output(model, {"src": x})
+
+
+class Named(HiddenDelta):
+    """A hidden-state delta with a parameter called weight, which is no formula of a merge."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.weight * h
+
+
+def test_a_parameter_called_weight_is_not_taken_for_a_formula() -> None:
+    model, batch = toys.model("bert"), tiny.batch("bert")
+    tuned = pt.attach(model, [toys.method(on(["k"], lambda s: Named(s.size)), merges=True), place("k", Times)])
+    output(model, batch)
+    with pytest.raises(AttachError, match="can't be merged"):
+        tuned.merge()
+
+
+def test_a_model_can_be_pickled_whole() -> None:
+    model, batch = toys.model("bert"), tiny.batch("bert")
+    bare = output(model, batch)
+    pt.attach(model, Explodes(at="never"))
+    expected = output(model, batch)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    other = torch.load(stream, weights_only=False)
+    assert torch.equal(output(other, batch), expected)
+    pt.detach(other)
+    assert torch.equal(output(other, batch), bare)
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a.b", "../x", "-a", "a" * 65, "ä"])
 def test_names_that_could_be_paths_are_refused(name: str) -> None:
     model = toys.model("bert")
@@ -943,6 +1001,17 @@ def test_tied_weights_are_put_aside_at_every_place() -> None:
     shake(pt.attach(model, own("transformer.wte.weight")), 0.5)
     with pt.disabled(model):
         assert torch.equal(output(model, batch), bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_put_aside_follows_the_model(dtype: torch.dtype) -> None:
+    """It stayed in the precision, and on the device, that the model had when something was attached."""
+    model, batch = toys.model("bert"), tiny.batch("bert")
+    expected = output(copy.deepcopy(model).to(dtype), batch)
+    shake(pt.attach(model, own("bert.encoder.layer.0.intermediate.dense.weight")))
+    model.to(dtype)
+    with pt.disabled(model):
+        assert torch.equal(output(model, batch), expected)
 
 
 def test_one_owner_for_each_tensor() -> None:

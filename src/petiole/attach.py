@@ -86,6 +86,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
     """Build and initialise all deltas. The global random generator ends where it was."""
     made, host = Plan(tuple(methods)), host_of(model)
     refuse_sharded(model)
+    refuse_nested(model)
     with torch.random.fork_rng(devices=[]), host.own_aside() if host is not None else nullcontext():
         for number, method in enumerate(methods):
             # For modules that initialise themselves when built: on CPU, so no other device's generator is touched.
@@ -125,6 +126,22 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
             f"{'a' if heads else 'no'} task head"
         )
     return made
+
+
+def refuse_nested(model: nn.Module) -> None:
+    """One host for each parameter: a second one, of a model within or around, would freeze the deltas of the first."""
+    if host_of(model) is not None:
+        return
+    for name, module in model.named_modules():
+        if module is not model and host_of(module) is not None:
+            raise AttachError(f"{name} has adaptations of its own; attach to it, or detach them first")
+        if any(child.startswith(_CHILD) for child in module._modules):
+            raise AttachError(f"this {type(model).__name__} is part of a model that has adaptations; attach to that")
+
+
+def sequence_first(model: nn.Module) -> bool:
+    """Whether hidden states are (T, B, d), as torch's own attention has them unless told otherwise."""
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in model.modules())
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -184,6 +201,8 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
     if isinstance(delta, (BlockDelta, StackDelta, TokenDelta)):
         if site.role != "block" or (isinstance(delta, BlockDelta) and not site.path.rpartition(".")[2].isdecimal()):
             raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
+        if isinstance(delta, TokenDelta) and sequence_first(module):
+            raise AttachError(f"{where} holds its hidden states as (time, batch, width); tokens need batch_first=True")
         if site.repeats > 1 and isinstance(delta, StackDelta):
             raise AttachError(
                 f"{where} runs {site.repeats} times in one forward pass, which a {type(delta).__name__} can't follow"
@@ -456,6 +475,7 @@ class Host:
         """Let the original values stand for what these adaptations trained."""
         for adaptation in adaptations:
             for name, original in adaptation.own.items():
+                original = original.to(self.tensor(name))  # the model may have moved since
                 for owner, attribute in self.places_of(name):
                     module = self.module(owner)
                     module.__dict__.setdefault(ASIDE, {})[attribute] = original
@@ -621,7 +641,7 @@ def changes_weight(slot: Slot) -> bool:
     """Whether a slot changes its linear's output as another weight would. At the input, what comes after does not see it so."""
     if isinstance(slot, (WeightSlot, ParameterSlot)):
         return True
-    return isinstance(slot, HiddenSlot) and slot.site.side == "output" and hasattr(slot.delta, "weight")
+    return isinstance(slot, HiddenSlot) and slot.site.side == "output" and callable(getattr(slot.delta, "weight", None))
 
 
 def overlap(one: Site, other: Site) -> bool:
@@ -938,6 +958,10 @@ def route(model: nn.Module, names: str | Sequence[str | Sequence[str] | None] | 
         if fixed and len(set(rows)) > 1:
             raise AttachError(
                 f"{sorted(fixed)[0]}: this adaptation can't differ between the rows of a batch; route all rows alike"
+            )
+        if len(set(rows)) > 1 and sequence_first(model):
+            raise AttachError(
+                f"{type(model).__name__} holds its hidden states as (time, batch, width), in which rows are not told apart: batch_first=True"
             )
         inner = (
             context.with_rows(id(host), rows)
