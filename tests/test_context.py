@@ -266,6 +266,78 @@ def test_eight_threads_route_their_own_rows() -> None:
     assert many(model, batch, routes) == 0
 
 
+class Thin(toys.Dense):
+    """A product of two factors, which a mixed batch gathers by row."""
+
+    def __init__(self, site: Any) -> None:
+        super().__init__(site)
+        self.scale = 1.0
+        self.A, self.B = nn.Parameter(torch.empty(2, site.in_features)), nn.Parameter(torch.empty(site.out_features, 2))
+        del self.change, self.shift
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        self.A.normal_(0, 0.3, generator=generator)
+        self.B.normal_(0, 0.3, generator=generator)
+
+    def factored(self) -> tuple[Tensor, Tensor, float, None]:
+        return self.A, self.B, self.scale, None
+
+    def weight(self, base: Tensor) -> Tensor:
+        return self.scale * self.B @ self.A
+
+    def bias(self, base: Tensor | None) -> None:
+        return None
+
+
+def thin() -> tuple[nn.Module, dict[str, Any], list[Thin]]:
+    model = toys.model("bert")
+    tuned = [
+        pt.attach(model, toys.method(on(["q", "v"], Thin)), name=name, seed=i, train_head=False)
+        for i, name in enumerate("abc")
+    ]
+    return model, tiny.batch("bert", size=4), [slot.delta for each in tuned for slot in each.slots]
+
+
+def test_eight_threads_gather_their_own_factors() -> None:
+    """The gathered factors of the last batch were looked up in two steps, between which another thread could put its own."""
+    model, batch, _ = thin()
+    routes = [
+        ["a", "b", "c", None], ["b", "b", "a", "a"], ["c", None, "a", "b"], [None, "a", "c", "c"],
+        ["b", "c", "b", "c"], ["a", "c", "b", None], ["c", "c", "a", "b"], ["b", None, None, "a"],
+    ]  # fmt: skip
+    assert many(model, batch, routes, rounds=40) == 0
+
+
+@pytest.mark.parametrize("order", ["gate first", "factors first", "each its own"])
+def test_changes_at_one_site_keep_their_order_on_every_row(order: str) -> None:
+    """What batches went before what does not."""
+    model, batch = toys.model("bert"), tiny.batch("bert", size=4)
+    gate = toys.method(on(["k"], lambda s: Affine(s.out_features, composition="gate")))
+    methods = [gate, toys.method(on(["k"], Thin))]
+    for i, name in enumerate("ab"):
+        turned = order == "factors first" or (order == "each its own" and name == "b")
+        pt.attach(model, methods[::-1] if turned else methods, name=name, seed=i, train_head=False)
+    alone_and_mixed(model, batch, ["a", "b", "b", None])
+
+
+def test_gathered_factors_follow_every_change() -> None:
+    """Values, and the scale, which is no tensor."""
+    model, batch, deltas = thin()
+    rows = ["a", "b", "c", None]
+    alone_and_mixed(model, batch, rows)
+    for delta in deltas:
+        delta.scale = -2.0
+    alone_and_mixed(model, batch, rows)
+    with torch.no_grad():
+        for delta in deltas:
+            delta.A.mul_(3.0)
+    alone_and_mixed(model, batch, rows)
+    with torch.inference_mode(), pt.route(model, rows):
+        inferred = toys.first(model(**batch))
+    with pt.route(model, rows):
+        torch.testing.assert_close(inferred, output(model, batch))
+
+
 @pytest.mark.parametrize("kind", ["composed", "in place"])
 def test_threads_do_not_see_what_stands_in_for_a_weight_in_another(kind: str) -> None:
     """A thread without the adaptation found the changed weight in its place."""

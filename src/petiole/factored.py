@@ -110,15 +110,21 @@ def add_by_row(x: Tensor, y: Tensor, factors: Sequence[Factor], index: Tensor, k
         kept: remembers the gathered factors between forward passes that need no gradient.
     """
     n = index.shape[0]
-    key = (tuple(index.tolist()), tuple((id(t), t._version) for f in factors for t in f.tensors()), y.dtype)
-    if torch.is_grad_enabled() or kept.get("key") != key:
-        gathered = gather(factors, index, y.dtype)
-        if not torch.is_grad_enabled():
-            # The tensors too: factors computed anew for each pass die with it, and another may then be born with the same id.
-            kept |= {"key": key, "gathered": gathered, "tensors": [f.tensors() for f in factors]}
+    tensors = [f.tensors() for f in factors]
+    if torch.is_grad_enabled() or any(
+        t.is_inference() for each in tensors for t in each
+    ):  # whose changes are not counted
+        A, B, bias = gather(factors, index, y.dtype)
     else:
-        gathered = kept["gathered"]
-    A, B, bias = gathered
+        versions = tuple(
+            (f.scale, *((id(t), t._version) for t in each)) for f, each in zip(factors, tensors, strict=True)
+        )
+        key = (tuple(index.tolist()), versions, y.dtype)
+        entry = kept.get("last")  # read and written whole, since other threads do, too
+        if entry is None or entry[0] != key:
+            # The tensors too: factors computed anew for each pass die with it, and another may then be born with the same id.
+            entry = kept["last"] = (key, gather(factors, index, y.dtype), tensors)
+        A, B, bias = entry[1]
     rows = factors[0].rows
     low = torch.bmm(x.to(y.dtype).reshape(n, -1, x.shape[-1]), A)  # (n, t, r)
     change = torch.bmm(low, B)  # (n, t, out)

@@ -449,10 +449,12 @@ class Junction(nn.Module):
             for slot, _ in self.slots:
                 slot.fired |= slot.acts()
             return factored.add(held[0], output, module, held[1])
-        done, output = self.by_row(module, args, kwargs, output)
-        for slot, point in self.slots:
-            if point.when == "after" and slot not in done and slot.acts():
-                output = getattr(slot, point.act)(module, args, kwargs, output)
+        acting = [(slot, point) for slot, point in self.slots if point.when == "after" and slot.acts()]
+        names = acting[0][0].host.row_names() if acting and not torch.compiler.is_compiling() else None
+        if names is not None and all(len(row) < 2 for row in names):
+            return self.by_row(acting, names, module, args, kwargs, output)
+        for slot, point in acting:
+            output = getattr(slot, point.act)(module, args, kwargs, output)
         return output
 
     def factors(self, module: nn.Module, args: Args, kwargs: Kwargs) -> list[factored.Factor]:
@@ -470,31 +472,41 @@ class Junction(nn.Module):
                 found.append(factored.Factor.of(parts, slot.site.rows))
         return found if found and factored.plain(module) else []
 
-    def by_row(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[set[Slot], Any]:
-        """Where rows of the batch take different adaptations: all their changes at one site in one batched product.
+    def by_row(
+        self,
+        acting: list[tuple[Slot, Point]],
+        names: tuple[tuple[str, ...], ...],
+        module: nn.Module,
+        args: Args,
+        kwargs: Kwargs,
+        output: Any,
+    ) -> Any:
+        """Where rows of the batch take different adaptations: all their changes at one site in one batched product, if they batch.
 
-        Returns:
-            The slots that are done with, and the output. What doesn't fit (several adaptations on a row, changes that do not batch)
-            is left to each slot.
+        On each row in the order of attachment: only what comes next in each adaptation is taken together.
         """
-        done: set[Slot] = set()
-        names = self.slots[0][0].host.row_names() if self.slots and not torch.compiler.is_compiling() else None
-        if names is None or any(len(row) > 1 for row in names):
-            return done, output
-        groups: dict[tuple[Any, ...], list[Slot]] = {}
-        for slot, point in self.slots:
-            if point.when == "after" and slot.acts():
-                groups.setdefault((type(slot), slot.number, slot.site.key, point.act), []).append(slot)
-        for slots in groups.values():
-            place = {slot.adaptation: i for i, slot in enumerate(slots)}
+        left = list(acting)
+        while left:
+            slot, point = left[0]
+            following: dict[str, tuple[Slot, Point]] = {}
+            for entry in left:
+                following.setdefault(entry[0].adaptation, entry)
+            group = [
+                (other, where)
+                for other, where in following.values()
+                if (type(other), other.number, other.site.key, where.act)
+                == (type(slot), slot.number, slot.site.key, point.act)
+            ]
+            place = {other.adaptation: i for i, (other, _) in enumerate(group)}
             index = torch.tensor([place.get(row[0], -1) if row else -1 for row in names])
-            new = slots[0].by_row(
-                slots, index, module, args, kwargs, output, self._gathered.setdefault(slots[0].site.key, {})
-            )
-            if new is not None:
-                output = new
-                done.update(slots)
-        return done, output
+            kept = self._gathered.setdefault(slot.site.key, {})
+            new = slot.by_row([other for other, _ in group], index, module, args, kwargs, output, kept)
+            if new is None:
+                group = [left[0]]
+                new = getattr(slot, point.act)(module, args, kwargs, output)
+            output = new
+            left = [entry for entry in left if entry not in group]
+        return output
 
 
 class ParameterSlot(Slot):
