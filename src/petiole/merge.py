@@ -41,7 +41,11 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
                 for owner, _, attribute in [name.rpartition(".")]
             }
             continue
-        if slot.site.kind not in _WEIGHTS or not callable(getattr(slot.delta, "weight", None)) or slot.place.read is not None:
+        if (
+            slot.site.kind not in _WEIGHTS
+            or not callable(getattr(slot.delta, "weight", None))
+            or slot.place.read is not None
+        ):
             raise AttachError(f"{slot.site.key}: {type(slot.delta).__name__} can't be merged")
     for slot in in_order(adaptation):
         fold(adaptation, slot, new, onto)
