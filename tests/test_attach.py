@@ -1084,3 +1084,73 @@ def test_a_head_must_be_there_to_be_trained() -> None:
     model = toys.model("llama")
     with refused(model, "no task head"):
         pt.attach(model, place("q", Dense), train_head=True)
+
+
+# ------------------------------------------------------------------------------------------------------- the fast path of factors
+
+
+class Thin(Dense):
+    """A product of two factors, which is added to an ordinary linear as one node of the graph."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.A, self.B = nn.Parameter(torch.empty(2, site.in_features)), nn.Parameter(torch.empty(site.out_features, 2))
+        del self.change, self.shift
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        self.A.normal_(0, 0.3, generator=generator)
+        self.B.normal_(0, 0.3, generator=generator)
+
+    def factored(self) -> Any:
+        return self.A, self.B, 1.0, None
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+
+    def weight(self, base: Tensor) -> Tensor:
+        return self.B @ self.A
+
+    def bias(self, base: Tensor | None) -> None:
+        return None
+
+
+def gradients(model: nn.Module, batch: dict[str, Any], tuned: pt.Adaptation) -> list[Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return [p.grad.clone() for p in tuned.parameters() if p.grad is not None]
+
+
+def test_its_gradient_goes_through_the_weight_that_acts() -> None:
+    """It went through what another adaptation had trained, though that one does not act."""
+    names = [
+        f"bert.encoder.layer.{i}.{part}.weight"
+        for i in (0, 1)
+        for part in ("intermediate.dense", "attention.self.query")
+    ]
+    lone, batch = toys.model("bert"), tiny.batch("bert")
+    expected = gradients(lone, batch, pt.attach(lone, toys.method(on(["q", "up"], Thin))))
+    model = toys.model("bert")
+    shake(pt.attach(model, own(*names), name="own", train_head=False), 0.5)
+    found = gradients(model, batch, pt.attach(model, toys.method(on(["q", "up"], Thin))))
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_hook_of_the_users_that_changes_the_input_changes_it_for_both(early: bool) -> None:
+    model, batch = toys.model("bert"), tiny.batch("bert")
+    path = "bert.encoder.layer.0.attention.self.query"
+    hand = copy.deepcopy(model)
+    double = lambda module, args: (2 * args[0],)  # noqa: E731
+    if early:
+        model.get_submodule(path).register_forward_pre_hook(double)
+    tuned = pt.attach(model, toys.method(on(["q"], Thin)), train_head=False)
+    if not early:
+        model.get_submodule(path).register_forward_pre_hook(double)
+    with torch.no_grad():
+        for slot in tuned.slots:
+            linear = hand.get_submodule(slot.site.path)
+            linear.weight.add_(slot.delta.B @ slot.delta.A)
+        hand.get_submodule(path).weight.mul_(2)
+    found = toys.first(model(**batch))
+    close(found.detach(), output(hand, batch))

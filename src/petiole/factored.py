@@ -92,7 +92,7 @@ def add(x: Tensor, y: Tensor, module: nn.Module, factors: Sequence[Factor]) -> T
     """x (..., in), y = W x + b (..., out) computed from a detached x -> y with all factors added, IN PLACE where y allows it."""
     options = [(f.scale, f.rows, f.core is not None, f.bias is not None) for f in factors]
     tensors = [t for f in factors for t in f.tensors()]
-    weight = module._parameters["weight"]
+    weight: Any = module.weight  # what the module itself uses: what another adaptation trained may be put aside
     assert weight is not None
     needs = torch.is_grad_enabled() and any(f.A.requires_grad for f in factors)  # only A's gradient asks for x
     again = Again.of(x) if needs and x.grad_fn is not None else None

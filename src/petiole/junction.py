@@ -463,6 +463,8 @@ class Junction(nn.Module):
             return []
         if len(module._forward_hooks) > 1 or not all(isinstance(slot, WeightSlot) for slot, _ in self.slots):
             return []
+        if next(reversed(module._forward_pre_hooks.values())) != self.before:
+            return []  # a later hook may change the input
         found: list[factored.Factor] = []
         for slot, _ in self.slots:
             if slot.acts():
