@@ -54,6 +54,20 @@ def test_a_change_of_each_channel_is_the_same_change_of_the_module(family: str, 
     assert torch.equal(seen[1], 2 * seen[0])  # the first such site: what comes in is the bare model's
 
 
+def test_a_change_of_a_part_of_a_fused_projection_may_differ_by_row() -> None:
+    # The change was given the whole of the fused output instead of its own part, wherever not all rows took it.
+    model, batch = tiny.model("gpt2"), tiny.batch("gpt2")
+    pt.attach(model, AtRole(role="q"), name="one")
+    with torch.no_grad():
+        changed = model(**batch).logits
+        with pt.disabled(model):
+            bare = model(**batch).logits
+        with pt.route(model, ["one", None]):
+            mixed = model(**batch).logits
+    assert not torch.allclose(changed, bare)
+    torch.testing.assert_close(mixed, torch.stack([changed[0], bare[1]]))
+
+
 def test_ia3_on_convolutions_merges() -> None:
     model, batch = tiny.model("resnet"), tiny.batch("resnet")
     tuned = pt.attach(model, pt.IA3(roles=["conv"]))

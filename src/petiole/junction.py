@@ -320,7 +320,7 @@ class HiddenSlot(Slot):
         if not self.site.rows or self.site.side == "input":
             return compose(h, self.delta(source), self.delta.composition)
         own = torch.cat([h[..., start:stop] for start, stop in self.site.rows], -1)
-        new = compose(own, self.delta(own if source is h else source), self.delta.composition)
+        new = compose(own, self.delta(own if self.place.read is None else source), self.delta.composition)
         return add_rows(h, new - own, self.site.rows, -1)
 
 
