@@ -232,6 +232,22 @@ def test_the_configuration_comes_back() -> None:
     assert [config._attn_implementation for config in configs] == before
 
 
+def test_another_implementation_chosen_meanwhile_is_served_too() -> None:
+    """What is attached inside attention was left out of it, silently."""
+    model, batch = toys.model("llama", attn_implementation="sdpa"), tiny.batch("llama")
+    tuned = pt.attach(model, inside(lambda site, keys: Prepended(3, keys.out_features)))
+    expected = output(model, batch)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(real(output(model, batch), batch), real(expected, batch), rtol=1e-4, atol=1e-5)
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(AttachError, match="fused kernel that hides what is attached"):
+        output(model, batch)
+    model.set_attn_implementation("eager")
+    tuned.detach()
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"eager"}
+
+
 def test_a_model_with_it_can_be_saved_and_read(tmp_path: Any) -> None:
     """Its configuration must not name a function that only petiole knows."""
     model = toys.model("llama")

@@ -603,3 +603,15 @@ def test_composed_weights_are_composed_under_compiled_code_too() -> None:
     tuned.detach()
     torch.testing.assert_close(output(compiled, batch), bare)
     torch._dynamo.reset()
+
+
+def test_a_stance_of_the_users_outlives_a_context() -> None:
+    """It was set back to the default."""
+    from torch._dynamo import eval_frame
+
+    model, _, _ = attached("bert", told())
+    with torch.compiler.set_stance("eager_on_recompile"):
+        with pt.disabled(model), pt.given(model, gain=1.0):
+            assert eval_frame._stance.stance == "force_eager"
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    assert eval_frame._stance.stance == "default"

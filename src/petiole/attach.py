@@ -423,6 +423,7 @@ class Host:
         if torch.compiler.is_compiling():
             self.refuse_aside()
             return
+        attention.keep_on(self)
         if module.training and torch.is_grad_enabled():
             self._foreign = self._foreign or context.current() is not context.EMPTY
             for layer in self._checkpointing:

@@ -48,6 +48,25 @@ def switch_on(host: Host, module: nn.Module, delta: AttentionDelta) -> None:
     config._attn_implementation_internal = PREFIX + name
 
 
+def keep_on(host: Host) -> None:
+    """Somebody chose another implementation meanwhile (`set_attn_implementation`): serve that one, and give that one back.
+
+    Raises:
+        AttachError: it is a fused kernel that can't be served.
+    """
+    for i, (config, _) in enumerate(host.attention_configs):
+        name = config._attn_implementation_internal or "eager"
+        if name.startswith(PREFIX):
+            continue
+        if name not in SERVED:
+            raise AttachError(
+                f"attention implementation {name!r} is a fused kernel that hides what is attached inside attention\n"
+                f"choose {' or '.join(repr(s) for s in SERVED)}, or detach first"
+            )
+        host.attention_configs[i] = (config, name)
+        config._attn_implementation_internal = PREFIX + name
+
+
 def switch_off(host: Host) -> None:
     """Give every switched configuration its own implementation back."""
     for config, name in host.attention_configs:

@@ -45,6 +45,7 @@ class Context:
 EMPTY = Context()
 _CURRENT: ContextVar[Context] = ContextVar("petiole", default=EMPTY)
 _lock = threading.Lock()
+_stance: Any = None  # of the compiler while a context is open
 _open = 0  # contexts open in any thread; read by compiled code, which can't see the ContextVar
 
 
@@ -62,18 +63,19 @@ def current() -> Context:
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Compiled code falls back to eager inside, in every thread: it was traced for the empty context."""
-    global _open
+    global _open, _stance
     with _lock:
         _open += 1
-        if _open == 1 and "torch._dynamo" in sys.modules:
-            torch.compiler.set_stance("force_eager")
+        if _stance is None and "torch._dynamo" in sys.modules:
+            _stance = torch.compiler.set_stance("force_eager")  # from here on; leaving it brings back what was chosen before
     try:
         yield
     finally:
         with _lock:
             _open -= 1
-            if _open == 0 and "torch._dynamo" in sys.modules:
-                torch.compiler.set_stance("default")
+            if _open == 0 and _stance is not None:
+                _stance.__exit__(None, None, None)
+                _stance = None
 
 
 @contextmanager
