@@ -67,7 +67,8 @@ def eagerly() -> Iterator[None]:
     with _lock:
         _open += 1
         if _stance is None and "torch._dynamo" in sys.modules:
-            _stance = torch.compiler.set_stance("force_eager")  # from here on; leaving it brings back what was chosen before
+            # From here on; leaving it brings back what was chosen before.
+            _stance = torch.compiler.set_stance("force_eager")
     try:
         yield
     finally:
