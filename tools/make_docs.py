@@ -115,7 +115,7 @@ def page(cls: type[Method]) -> str:
     ]
     can += [("size", f"`{cls.size}`")] if cls.size else []
     can += [("a delta may go without a gradient", cls.idles)] if cls.idles else []
-    can += [(f"not tested: {check}", why) for check, why in cls.exempt.items()]
+    can += [(f"exempt from the tests: `{check}`", why) for check, why in cls.exempt.items()]
     lines = [f"# {cls.slug}", "", first_line(cls.__doc__), "", f"*{cls.title}*" + paper(cls), ""]
     lines += words(sys.modules[cls.__module__].__doc__ or "", cls)
     lines += ["## Use", "", "```python", "import petiole as pt", "", *call(cls), "```", ""]
