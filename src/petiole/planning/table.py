@@ -239,4 +239,5 @@ def percent(share: float | None) -> str:
 
 def verdict(row: Row) -> str:
     """Whether a row fits, or by how much it is over."""
-    return "fits" if row.fits else ", ".join(f"{name} ×{times:.3g}" for name, times in row.over.items())
+    texts = (f"{name} ×{times:.{3 if times > 1.01 else 5}g}" for name, times in row.over.items())
+    return "fits" if row.fits else ", ".join(texts)
