@@ -1154,3 +1154,9 @@ def test_a_hook_of_the_users_that_changes_the_input_changes_it_for_both(early: b
         hand.get_submodule(path).weight.mul_(2)
     found = toys.first(model(**batch))
     close(found.detach(), output(hand, batch))
+
+
+def test_what_is_shared_lies_where_the_model_does() -> None:
+    model = tiny.model("bert").to("meta")
+    tuned = pt.attach(model, pt.PrefixTuning(length=2, reparametrisation="mlp"))
+    assert {parameter.device.type for parameter in tuned.shared[0].parameters()} == {"meta"}

@@ -10,7 +10,7 @@ import hashlib
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,6 @@ from petiole.junction import (
     Slot,
     StackSlot,
     WeightSlot,
-    of_output,
 )
 from petiole.method import (
     ASIDE,
@@ -95,7 +94,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
             shared = method.shared(found)
             if shared is not None:
                 made.shared[number] = shared
-                ready(shared, None, site_seed(seed, f"{number}.shared"), None)
+                ready(shared, None, site_seed(seed, f"{number}.shared"), device_of(model, model))
             for place in places:
                 check_fits(method, place, found, beneath(model.get_submodule(place.site.path)))
             made.places += [(number, place) for place in places]
@@ -158,9 +157,9 @@ def parameters_of(made: Plan) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
-def ready(module: nn.Module, base: Base | None, seed: int, device: torch.device | None) -> None:
-    """Initialise on CPU, then move to the site's device. A model on the meta device gets deltas without values."""
-    if device is not None and device.type == "meta":
+def ready(module: nn.Module, base: Base | None, seed: int, device: torch.device) -> None:
+    """Initialise on CPU, then move to the device of its site, or of the model. A model on the meta device gets deltas without values."""
+    if device.type == "meta":
         module.to(device)
         return
     generator = torch.Generator().manual_seed(seed)
@@ -169,8 +168,7 @@ def ready(module: nn.Module, base: Base | None, seed: int, device: torch.device 
             module.initialise(generator, base)
         elif hasattr(module, "initialise"):
             module.initialise(generator)  # type: ignore[operator]
-    if device is not None:
-        module.to(device)
+    module.to(device)
 
 
 def site_seed(seed: int, key: str) -> int:
@@ -224,13 +222,9 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
             f"{where} is computed from other tensors (a parametrisation), so nothing can stand in its place"
         )
     if isinstance(delta, WeightDelta) and site.kind not in ("linear", "conv", "embedding", "parameter"):
-        raise AttachError(
-            f"{method.slug}: {site.key} is a {site.kind}, which has no weight to change; name a linear role"
-        )
+        raise AttachError(f"{where} is a {site.kind}, which has no weight to change; name a linear role")
     if site.kind == "parameter" and not isinstance(delta, WeightDelta):
-        raise AttachError(
-            f"{method.slug}: {site.key} is never called, so only its weight can change, not its input or output"
-        )
+        raise AttachError(f"{where} is never called, so only its weight can change, not its input or output")
     if isinstance(delta, AttentionDelta) and not found.stack(site.stack).attention_interface:
         raise AttachError(
             f"{method.slug} acts inside attention, but the attention of {found.model_class} ({site.stack}) does not go through "
@@ -772,14 +766,19 @@ def attach(
     chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
     if not chosen or not all(isinstance(method, Method) for method in chosen):
         raise ConfigError("attach takes a method such as pt.LoRA(rank=8), or a non-empty list of them")
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"name = {name!r}: letters, digits, - and _, at most 64")
+    check_name(name)
     host = host_of(model)
     if host is not None and name in host.adaptations:
         raise AttachError(f"an adaptation called {name!r} is attached already; detach it or choose another name")
     found = found or (host.anatomy if host else anatomy(model))
     made = plan(model, chosen, found, seed, train_head)
     return install(model, made, found, name=name, seed=seed)
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError: an adaptation can't be called so."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"name = {name!r}: letters, digits, - and _, at most 64")
 
 
 def install(model: nn.Module, made: Plan, found: Anatomy, *, name: str, seed: int) -> Adaptation:
@@ -984,9 +983,4 @@ def given(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-def batch_of(values: Mapping[str, Any]) -> int:
-    """Rows of a batch of model inputs."""
-    return next(v.shape[0] for v in values.values() if isinstance(v, Tensor) and v.ndim)
-
-
-__all__ = ["Host", "activate", "adaptations", "attach", "detach", "disabled", "given", "of_output", "route"]
+__all__ = ["Host", "activate", "adaptations", "attach", "detach", "disabled", "given", "route"]

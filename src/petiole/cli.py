@@ -57,6 +57,10 @@ Steps = Annotated[int | None, typer.Option(help="Optimiser steps; by default, ep
 Epochs = Annotated[float, typer.Option(help="Passes over the training split.")]
 BatchSize = Annotated[int, typer.Option(help="Rows of a step.")]
 Precision = Annotated[str, typer.Option(help="fp32, or bf16 to compute under autocast.")]
+AdaptationFile = Annotated[Path, typer.Option(help="File that `petiole tune` or `compare` wrote.")]
+OtherBackbone = Annotated[
+    bool, typer.Option("--allow-other-backbone", help="Load even if it was made on another backbone.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice by default.")]
 
 
@@ -596,15 +600,13 @@ def scored(scores: dict[str, dict[str, float]], metric: str, percent: bool) -> N
 def evaluate(
     model: Model,
     data: Data,
-    adaptation: Annotated[Path, typer.Option(help="File that `petiole tune` or `compare` wrote.")],
+    adaptation: AdaptationFile,
     split: Annotated[
         str | None, typer.Option(help="train, validation or test; test by default, where there is one.")
     ] = None,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of the bare model's head, where it needs a new one.")] = 0,
-    allow_other_backbone: Annotated[
-        bool, typer.Option("--allow-other-backbone", help="Load even if it was made on another backbone.")
-    ] = False,
+    allow_other_backbone: OtherBackbone = False,
     task: TaskName = "auto",
     column: Columns = None,
     limit: Limit = None,
@@ -644,7 +646,7 @@ def evaluate(
 @app.command()
 def merge(
     model: Model,
-    adaptation: Annotated[Path, typer.Option(help="File that `petiole tune` or `compare` wrote.")],
+    adaptation: AdaptationFile,
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     data: Annotated[
         str | None,
@@ -652,9 +654,7 @@ def merge(
     ] = None,
     task: TaskName = "auto",
     column: Columns = None,
-    allow_other_backbone: Annotated[
-        bool, typer.Option("--allow-other-backbone", help="Load even if it was made on another backbone.")
-    ] = False,
+    allow_other_backbone: OtherBackbone = False,
     as_json: Json = False,
 ) -> None:
     """Fold an adaptation into the weights and save the model as Transformers does: it then costs what the bare backbone costs."""
@@ -682,7 +682,7 @@ def merge(
 @app.command()
 def export(
     model: Model,
-    adaptation: Annotated[Path, typer.Option(help="File that `petiole tune` or `compare` wrote.")],
+    adaptation: AdaptationFile,
     output: Annotated[Path, typer.Option(help="Folder for the LoRA checkpoint.")],
     reader: Annotated[str, typer.Option("--for", help="Who will read it: peft, vllm or diffusers.")] = "peft",
     rank: Annotated[
@@ -696,9 +696,7 @@ def export(
     ] = None,
     task: TaskName = "auto",
     column: Columns = None,
-    allow_other_backbone: Annotated[
-        bool, typer.Option("--allow-other-backbone", help="Load even if it was made on another backbone.")
-    ] = False,
+    allow_other_backbone: OtherBackbone = False,
     as_json: Json = False,
 ) -> None:
     """Write an adaptation as a LoRA checkpoint that PEFT, vLLM or diffusers reads; what the reader can't take is refused."""

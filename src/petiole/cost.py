@@ -235,16 +235,20 @@ class _Alive(TorchDispatchMode):
         return self.held + self.highest
 
     def _watch(self, tensors: Iterable[Tensor], before: bool) -> None:
-        for key, storage in _storages(tensors).items():
-            if key in self._watched:
-                continue
-            size = storage.nbytes()
-            self._watched[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))  # type: ignore[misc]
-            if before:
-                self.held += size
-            else:
-                self.alive += size
-                self.highest = max(self.highest, self.alive)
+        for storage in _storages(tensors).values():
+            self._note(storage, before)
+
+    def _note(self, storage: torch.UntypedStorage, before: bool) -> None:
+        key = storage._cdata
+        if key in self._watched:
+            return
+        size = storage.nbytes()
+        self._watched[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+        if before:
+            self.held += size
+        else:
+            self.alive += size
+            self.highest = max(self.highest, self.alive)
 
     def _gone(self, key: int, size: int) -> None:
         del self._watched[key]

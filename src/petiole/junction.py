@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Put = Callable[[Tensor], Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Kept = dict[Any, Any]  # what a routed batch gathered, for the next one that is routed alike
 Prior = Sequence[tuple[Site, Any]]  # earlier changes of the same weight: their sites and deltas
 _NAMES = ("hidden_states", "hidden_state", "inputs_embeds", "input", "inputs", "x", "src", "query", "features")
 
@@ -77,6 +78,12 @@ def compose(h: Tensor, change: Any, composition: str) -> Tensor:
     return h * change if composition == "multiply" else change
 
 
+def features(h: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
+    """The features (..., n) of h (..., d) that a site's row ranges name, in order; a view where one range suffices."""
+    parts = [h[..., start:stop] for start, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
 def on_rows(h: Tensor, rows: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `change` to the named rows of h only; to all of them where `rows` is None."""
     if rows is None:
@@ -123,16 +130,7 @@ class Slot:
         """Where and when the slot acts, in the order of execution."""
         raise NotImplementedError
 
-    def by_row(
-        self,
-        slots: list[Any],
-        index: Tensor,
-        module: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        output: Any,
-        kept: dict[Any, Any],
-    ) -> Any:
+    def by_row(self, slots: list[Any], index: Tensor, args: Args, kwargs: Kwargs, output: Any, kept: Kept) -> Any:
         """The output with another slot's change on each row (`index`, -1: none), in one go; None if that can't be."""
         return None
 
@@ -174,16 +172,7 @@ class WeightSlot(Slot):
             y = on_rows(y, rows, lambda part, mine=mine, prior=prior: self.changed(module, part, mine, prior))  # type: ignore[misc]
         return put(y)
 
-    def by_row(
-        self,
-        slots: list[Any],
-        index: Tensor,
-        module: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        output: Any,
-        kept: dict[Any, Any],
-    ) -> Any:
+    def by_row(self, slots: list[Any], index: Tensor, args: Args, kwargs: Kwargs, output: Any, kept: Kept) -> Any:
         parts = [slot.delta.factored() for slot in slots]
         rows = self.site.rows
         x = args[0] if args else of_input(args, kwargs)[0]
@@ -206,9 +195,7 @@ class WeightSlot(Slot):
             return y + embedding_scale(module) * self.delta(x, Base(site, module, y, prior)).to(y.dtype)
         if not site.rows:
             return y + self.delta(x, Base(site, module, y, prior)).to(y.dtype)
-        parts = [y[..., start:stop] for start, stop in site.rows]
-        part = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return add_rows(y, self.delta(x, Base(site, module, part, prior)).to(y.dtype), site.rows, -1)
+        return add_rows(y, self.delta(x, Base(site, module, features(y, site.rows), prior)).to(y.dtype), site.rows, -1)
 
 
 def embedding_scale(module: nn.Module) -> Any:
@@ -240,7 +227,7 @@ class HiddenSlot(Slot):
         h = (of_input(args, kwargs) if output is None else of_output(output))[0]
         rows = self.place.read.rows if self.place.read is not None else ()
         if rows and output is not None:
-            h = torch.cat([h[..., start:stop] for start, stop in rows], -1)
+            h = features(h, rows)
         self.hold(h.movedim(1, -1) if self.read_front else h)
         return None if output is None else output
 
@@ -248,16 +235,7 @@ class HiddenSlot(Slot):
         h, put = of_input(args, kwargs) if output is None else of_output(output)
         return put(self.changed(h))
 
-    def by_row(
-        self,
-        slots: list[Any],
-        index: Tensor,
-        module: nn.Module,
-        args: Args,
-        kwargs: Kwargs,
-        output: Any,
-        kept: dict[Any, Any],
-    ) -> Any:
+    def by_row(self, slots: list[Any], index: Tensor, args: Args, kwargs: Kwargs, output: Any, kept: Kept) -> Any:
         reads = self.place.read is not None
         if (
             any(slot.delta.composition != self.delta.composition for slot in slots)
@@ -319,7 +297,7 @@ class HiddenSlot(Slot):
             return compose(own, self.delta(source), self.delta.composition).movedim(-1, 1)
         if not self.site.rows or self.site.side == "input":
             return compose(h, self.delta(source), self.delta.composition)
-        own = torch.cat([h[..., start:stop] for start, stop in self.site.rows], -1)
+        own = features(h, self.site.rows)
         new = compose(own, self.delta(own if self.place.read is None else source), self.delta.composition)
         return add_rows(h, new - own, self.site.rows, -1)
 
@@ -406,7 +384,7 @@ class Junction(nn.Module):
         super().__init__()
         self.deltas = nn.ModuleDict()
         self.slots: list[tuple[Slot, Point]] = []
-        self._gathered: dict[str, dict[Any, Any]] = {}  # by site: the factors of the last routed batch
+        self._gathered: dict[str, Kept] = {}  # by site: the factors of the last routed batch
         self._held: dict[
             int, tuple[Tensor, list[factored.Factor]]
         ] = {}  # by thread: x, and what will be added in one go
@@ -502,7 +480,7 @@ class Junction(nn.Module):
             place = {other.adaptation: i for i, (other, _) in enumerate(group)}
             index = torch.tensor([place.get(row[0], -1) if row else -1 for row in names])
             kept = self._gathered.setdefault(slot.site.key, {})
-            new = slot.by_row([other for other, _ in group], index, module, args, kwargs, output, kept)
+            new = slot.by_row([other for other, _ in group], index, args, kwargs, output, kept)
             if new is None:
                 group = [left[0]]
                 new = getattr(slot, point.act)(module, args, kwargs, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from petiole import files
 from petiole.errors import AttachError, ConfigError, FileError, PetioleError
-from petiole.method import Delta, Method, registry
+from petiole.method import Method, registry
 
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
@@ -42,7 +43,7 @@ def header(adaptation: Adaptation, folded: bool, state: dict[str, Any]) -> dict[
     return {
         "petiole": __version__,
         "seed": adaptation.seed,
-        "methods": [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in methods],
+        "methods": described(methods),
         "head": any(slot.number == HEAD for slot in adaptation.slots),
         "structure": {
             key: structure for key, module in adaptation.modules() if (structure := told(module, "structure"))
@@ -51,6 +52,11 @@ def header(adaptation: Adaptation, folded: bool, state: dict[str, Any]) -> dict[
         "state": state,
         "backbone": adaptation.mark,
     }
+
+
+def described(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Methods as a file names them; `method_of` reads them back."""
+    return [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in methods]
 
 
 def load(
@@ -144,8 +150,7 @@ def refill(adaptation: Adaptation, path: Path) -> None:
     from petiole.attach import device_of, fill
 
     tensors, about = files.load_adaptation(path)
-    mine = [{"slug": m.slug, "version": m.version, "config": m.model_dump(mode="json")} for m in adaptation.methods]
-    if expect(path, about, "methods", list) != mine:
+    if expect(path, about, "methods", list) != described(adaptation.methods):
         raise FileError(
             f"{path}: holds {[m['slug'] for m in about['methods']]} in another configuration than what is attached"
         )
@@ -216,10 +221,9 @@ def unfolded(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> dict[
 
 
 def checked(model: nn.Module, name: str) -> str:
-    from petiole.attach import _NAME, adaptations
+    from petiole.attach import adaptations, check_name
 
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"name = {name!r}: letters, digits, - and _, at most 64")
+    check_name(name)
     if name in adaptations(model):
         raise ConfigError(f"an adaptation called {name!r} is attached already; give pt.load another name=")
     return name
@@ -317,4 +321,4 @@ def pull(name: str) -> Path:
         raise FileError(f"{name}: {str(error).splitlines()[0]}") from None
 
 
-__all__ = ["Delta", "load", "pull", "push", "refill", "save"]
+__all__ = ["load", "pull", "push", "refill", "save"]

@@ -97,6 +97,12 @@ class TokenSlot(Slot):
     def length(self) -> int:
         return int(self.delta.length)
 
+    def refuse_rows(self) -> None:
+        if self.host.rows(self.adaptation, None) is not None:
+            raise AttachError(
+                "input tokens change the length of the sequence: every row of a batch needs them, or none"
+            )
+
     def tokens(self, like: Tensor) -> Tensor:
         self.fire()
         return self.delta(like.shape[0]).to(like.dtype)
@@ -105,10 +111,7 @@ class TokenSlot(Slot):
 
     def embed(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs]:
         kwargs = {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
-        if self.host.rows(self.adaptation, None) is not None:
-            raise AttachError(
-                "input tokens change the length of the sequence: every row of a batch needs them, or none"
-            )
+        self.refuse_rows()
         cache = next((kwargs[n] for n in _CACHES if kwargs.get(n) is not None), None)
         seen = int(cache.get_seq_length()) if cache is not None else 0
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
@@ -158,10 +161,7 @@ class TokenSlot(Slot):
     # ---- vision and audio: before a block
 
     def insert(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs]:
-        if self.host.rows(self.adaptation, None) is not None:
-            raise AttachError(
-                "input tokens change the length of the sequence: every row of a batch needs them, or none"
-            )
+        self.refuse_rows()
         h, put = of_input(args, kwargs)
         if h.ndim != 3:
             raise AttachError(

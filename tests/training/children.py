@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +11,8 @@ from typing import Any
 KILLED = -signal.SIGKILL
 
 
-def run(work: Callable[[], None], kill_after: float | None = None) -> int:
-    """Fork, work, and give the exit status: 0, 1 after an exception, -9 if killed.
-
-    Args:
-        kill_after: seconds after which the child is killed, wherever it is.
-    """
+def run(work: Callable[[], None]) -> int:
+    """Fork, work, and give the exit status: 0, 1 after an exception, -9 if killed."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -28,9 +23,6 @@ def run(work: Callable[[], None], kill_after: float | None = None) -> int:
             traceback.print_exc()
         finally:
             os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

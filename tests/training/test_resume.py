@@ -122,19 +122,23 @@ def test_killed_at_any_call_of_a_save(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random(tmp_path: Path) -> None:
+    """Each time the run gets a little further, and dies in the middle of a step or of a save."""
     settings = {"max_steps": 24, "save_steps": 2, "save_total_limit": 2}
     whole = trained(tmp_path / "whole", Growing(), **settings)
-    folder, clock = tmp_path / "killed", random.Random(0)
+    folder, dice = tmp_path / "killed", random.Random(0)
+    folder.mkdir()
+    for n in [dice.randrange(5, 120) for _ in range(6)]:
 
-    def work() -> None:
+        def work(n: int | None = n) -> None:
+            watched(n).watch(torch.optim.AdamW, "step")
+            (folder / "result").write_bytes(trained(folder, Growing(), True, **settings))
+
+        assert children.run(work) == children.KILLED, n
+
+    def last() -> None:
         (folder / "result").write_bytes(trained(folder, Growing(), True, **settings))
 
-    folder.mkdir()
-    killed = 0
-    for _ in range(6):
-        killed += children.run(work, kill_after=clock.uniform(0.2, 0.9)) == children.KILLED
-    assert killed
-    assert children.run(work) == 0
+    assert children.run(last) == 0
     assert (folder / "result").read_bytes() == whole
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from petiole.errors import ConfigError
+
+AnyAxis = TypeVar("AnyAxis")
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ def axes(names: Iterable[str]) -> list[Axis]:
     Raises:
         ConfigError: one of them is unknown, or there is none.
     """
+    return named_axes(names, AXES)
+
+
+def named_axes(names: Iterable[str], known: Mapping[str, AnyAxis]) -> list[AnyAxis]:
+    """Those of the known axes that are named, each once; `Raises` as for `axes`."""
     chosen = list(dict.fromkeys(names))
     for name in chosen:
-        if name not in AXES:
-            raise ConfigError(f"axes: {name!r} is no axis; there are {', '.join(AXES)}")
+        if name not in known:
+            raise ConfigError(f"axes: {name!r} is no axis; there are {', '.join(known)}")
     if not chosen:
-        raise ConfigError(f"axes: name at least one of {', '.join(AXES)}")
-    return [AXES[name] for name in chosen]
+        raise ConfigError(f"axes: name at least one of {', '.join(known)}")
+    return [known[name] for name in chosen]
 
 
 @dataclass(frozen=True)

@@ -230,8 +230,8 @@ class Reading:
         from petiole.attach import HEAD
 
         values: dict[str, Tensor] = {}
-        for number, place in made.places:
-            site, key = place.site, f"{number}.{place.site.key}.{place.site.side}"
+        for key, number, place in made.keyed():
+            site = place.site
             if number == HEAD:
                 values |= {
                     f"{key}:module.{n.removeprefix(f'{site.path}.')}": t

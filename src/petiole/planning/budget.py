@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from petiole.compare.table import named_axes
 from petiole.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -162,11 +163,5 @@ def axes(names: str | tuple[str, ...] | list[str]) -> list[Axis]:
     Raises:
         ConfigError: one of them is unknown, or none is named.
     """
-    asked = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    chosen = list(dict.fromkeys(name for name in asked if name))
-    for name in chosen:
-        if name not in AXES:
-            raise ConfigError(f"axes: {name!r} is no axis; there are {', '.join(AXES)}")
-    if not chosen:
-        raise ConfigError(f"axes: name at least one of {', '.join(AXES)}")
-    return [AXES[name] for name in chosen]
+    asked = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    return named_axes((name for name in asked if name), AXES)

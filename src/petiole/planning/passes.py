@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,24 +63,22 @@ SUMS = (
 )  # that are sums over blocks
 
 
-class Course(TorchDispatchMode):
+class Course(cost._Alive):
     """Follows the operations of a step: their FLOPs, and the bytes alive, phase by phase.
 
-    It counts as `cost` does (whole storages, each once, from the operation that makes it until it is freed; scratch space inside kernels
-    unseen), but all in one place: an operation on shapes costs less than what looks at it.
+    It counts as `cost` does, but all in one place: an operation on shapes costs less than what looks at it.
 
     Args:
         holding: tensors that are there before.
     """
 
     def __init__(self, holding: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.flops = self.held = self.alive = self.highest = 0
+        super().__init__(())
+        self.flops = 0
         self.most: dict[Phase, int] = {}
         self.backward = False
         self._held: int | None = None  # when the optimiser began, which may read what only it holds
         self._phase: Phase = ("forward", ())
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in holding:
             self._watch(tensor, before=True)
 
@@ -112,21 +109,7 @@ class Course(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return
         for part in cost._plain(value):
-            storage = part.untyped_storage()
-            key = storage._cdata
-            if key in self._seen:
-                continue
-            size = storage.nbytes()
-            self._seen[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))  # type: ignore[misc]
-            if before:
-                self.held += size
-            else:
-                self.alive += size
-                self.highest = max(self.highest, self.alive)
-
-    def _gone(self, key: int, size: int) -> None:
-        del self._seen[key]
-        self.alive -= size
+            self._note(part.untyped_storage(), before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -374,8 +374,6 @@ def attached(model: nn.Module, methods: Sequence[Method], found: Anatomy) -> Ite
         return
     adaptation = attach(model, list(methods), found=found)
     try:
-        for shared in adaptation.shared.values():
-            shared.to("meta")
         yield adaptation
     finally:
         adaptation.detach()

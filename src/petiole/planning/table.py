@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from petiole.compare.table import dominates
 from petiole.planning.budget import Axis, Budget, axes
 
 if TYPE_CHECKING:
@@ -214,19 +215,14 @@ def front(rows: Sequence[Row], asked: Sequence[Axis]) -> list[Row]:
     """See `Plan.front`."""
     points = {}
     for row in rows:
-        costs = [axis.of(row) for axis in asked]
-        if row.fits and not row.reference and None not in costs:
+        costs = [cost for axis in asked if (cost := axis.of(row)) is not None]
+        if row.fits and not row.reference and len(costs) == len(asked):
             points[row.label] = costs
     return [
         row
         for row in rows
-        if row.label in points and not any(under(other, points[row.label]) for other in points.values())
+        if row.label in points and not any(dominates(other, points[row.label]) for other in points.values())
     ]
-
-
-def under(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether a is nowhere above b and somewhere below."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 
 
 def percent(share: float | None) -> str:

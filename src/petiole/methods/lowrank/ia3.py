@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Side
 from petiole.errors import AttachError, ConfigError
-from petiole.method import Base, Composition, HiddenDelta, Layers, Method, Place, WeightDelta, layers_field
+from petiole.method import Base, Composition, Delta, HiddenDelta, Layers, Method, Place, WeightDelta, layers_field
 
 
 class IA3(Method):
@@ -52,11 +52,21 @@ class IA3(Method):
                 yield Place(site.at(side), kind(site.at(side).size, side))
 
 
-class Rescaled:
-    """What ℓ does to a weight at its input or output."""
+class Rescaled(Delta):
+    """ℓ (d,), and what it does to a weight at its input or output.
 
-    gain: nn.Parameter
-    side: Side
+    Args:
+        size: width d of the hidden state at the site.
+        side: of the linear at which the site lies; it decides what a merge scales, rows or columns.
+    """
+
+    def __init__(self, size: int, side: Side) -> None:
+        super().__init__()
+        self.side = side
+        self.gain = nn.Parameter(torch.empty(size))  # ℓ (d,)
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        self.gain.fill_(1)
 
     def weight(self, base: Tensor) -> Tensor:
         """W (out, in, *kernel) -> ΔW of the same shape"""
@@ -70,38 +80,13 @@ class Rescaled:
 
 
 class Rescale(Rescaled, HiddenDelta):
-    """h (..., d) -> ℓ (d,), by which h is multiplied.
-
-    Args:
-        size: width d of the hidden state at the site.
-        side: of the linear at which the site lies; it decides what a merge scales, rows or columns.
-    """
+    """h (..., d) -> ℓ (d,), by which h is multiplied."""
 
     composition: Composition = "multiply"
-
-    def __init__(self, size: int, side: Side) -> None:
-        super().__init__()
-        self.side = side
-        self.gain = nn.Parameter(torch.empty(size))  # ℓ (d,)
-
-    def initialise(self, generator: torch.Generator, base: Base) -> None:
-        self.gain.fill_(1)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.gain
 
 
 class RescaledWeight(Rescaled, WeightDelta):
-    """The same where the linear is never called as a module, so that only its weight can be rescaled.
-
-    Args:
-        size, side: as for `Rescale`.
-    """
-
-    def __init__(self, size: int, side: Side) -> None:
-        super().__init__()
-        self.side = side
-        self.gain = nn.Parameter(torch.empty(size))  # ℓ (d,)
-
-    def initialise(self, generator: torch.Generator, base: Base) -> None:
-        self.gain.fill_(1)
+    """The same where the linear is never called as a module, so that only its weight can be rescaled."""
