@@ -399,6 +399,20 @@ def compare(
     ] = "params,memory,time",
     evaluations: Annotated[int, typer.Option(help="Points of each learning curve.")] = 5,
     threads: Threads = None,
+    engine: Annotated[
+        str, typer.Option(help="local runs trials one after the other, ray many at once on a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the Ray cluster; else RAY_ADDRESS; else one is started on this machine for the run."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Trials at once on the Ray cluster; as many as it has room for by default.")
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(help="GPUs of a trial on the Ray cluster, also a share of one; CPUs are as many as --threads."),
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run the trials again that failed.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -417,8 +431,27 @@ def compare(
             "max_length": max_length, "forgetting": forgetting, "axes": tuple(name.strip() for name in axes.split(",") if name.strip()),
             "evaluations": evaluations, "threads": threads,
         }  # fmt: skip
-        result = run(model, data, methods, output=output, watch=watch(), retry=retry, **options)
+        runner = engine_of(engine, address=address, workers=workers, gpus=gpus)
+        result = run(model, data, methods, output=output, engine=runner, watch=watch(), retry=retry, **options)
         conclude(result, as_json)
+
+
+def engine_of(name: str, **options: Any) -> Any:
+    """The engine by its name, with what was said about the cluster.
+
+    Raises:
+        ConfigError: no such engine, or something is said about a cluster that is not asked for.
+    """
+    from petiole.errors import ConfigError
+
+    if name == "ray":
+        from petiole.compare.cluster import Ray
+
+        return Ray(**options)
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{option} is for --engine ray")
+    return name
 
 
 def conclude(result: Comparison, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from petiole.compare.search import Proposal, Search, best
+from petiole.compare.search import FIRST, Proposal, Search, best
 
 
 def play(
@@ -24,7 +24,7 @@ def play(
             if p.learning_rate > 8e-3
             else -abs(math.log(p.learning_rate / 3e-3))
         )
-        search.tell(value)
+        search.tell(p, value)
         asked.append(p)
         told.append(value)
     return asked, told
@@ -52,6 +52,20 @@ def test_a_search_that_is_told_its_results_again_goes_on_the_same() -> None:
     for stop in (1, 3, 4, 7):
         assert play(9, scores[:stop], sizes=(2, 4, 8, 16))[0] == whole
     assert None in scores, "one of these trials is to fail, so that failures are replayed too"
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 4, 8, 16)])
+def test_the_first_proposals_may_be_asked_for_at_once(sizes: tuple[int, ...]) -> None:
+    whole, scores = play(9, sizes=sizes)
+    search = Search("lora", (1e-4, 1e-2), sizes, 8 if sizes else None)
+    first = [search.ask() for _ in FIRST]
+    for p, score in zip(first, scores, strict=False):
+        search.tell(p, score)
+    rest = []
+    for score in scores[len(FIRST) :]:
+        rest.append(search.ask())
+        search.tell(rest[-1], score)
+    assert first + rest == whole
 
 
 def test_other_names_and_seeds_search_elsewhere() -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from petiole.compare.cluster import Ray as Ray
     from petiole.compare.run import Comparison as Comparison
     from petiole.compare.run import compare as compare
     from petiole.compare.settings import Settings as Settings
 
-_HOMES = {"Comparison": "run", "compare": "run", "Settings": "settings"}
+_HOMES = {"Ray": "cluster", "Comparison": "run", "compare": "run", "Settings": "settings"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ import platform
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from petiole import files
 from petiole.anatomy import anatomy
 from petiole.attach import HEAD, attach, head_names
-from petiole.compare.contenders import Contender
+from petiole.compare.contenders import Contender, fitting
 from petiole.compare.forgetting import Forgetting
-from petiole.compare.results import Trial, key_of
+from petiole.compare.jobs import Facts, Job
+from petiole.compare.results import Trial
 from petiole.compare.search import Proposal
 from petiole.compare.settings import SEARCH_SEED, Settings, digest, sample
 from petiole.errors import FileError, PetioleError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 FOLDER = "adaptations"
 SUFFIX = ".petiole.safetensors"
+TIMED = 10  # steps of the training that times a step
 
 
 class Changed(PetioleError):
@@ -92,10 +95,29 @@ class Bench:
             return torch.cuda.get_device_name(self.device)
         return f"{platform.machine()} CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
 
-    def key(
-        self, kind: str, contender: Contender, seed: int, learning_rate: float | None = None, size: int | None = None
-    ) -> str:
-        return key_of(self.identity, kind=kind, config=contender.config(size), learning_rate=learning_rate, seed=seed)
+    def facts(self, rows: Sequence[Contender]) -> Facts:
+        """What holds for all trials, and which rows this backbone has no place for."""
+        unfit = {row.label: " ".join(why.split()) for row, why in fitting(rows, self.backbone, self.anatomy) if why}
+        return Facts(
+            identity=self.identity,
+            unfit=unfit,
+            bytes_needed=self.bytes_needed([row for row in rows if row.label not in unfit]),
+            metric=self.task.main_metric,
+            steps=self.steps,
+            device=self.device.type,
+            about={
+                "model": self.settings.model,
+                "class": type(self.backbone).__name__,
+                "data": str(self.data).splitlines()[0],
+                "steps": self.steps,
+                "forgetting": self.forgetting.description if self.forgetting else None,
+                "forgetting_before": self.forgetting.before if self.forgetting else None,
+            },
+            notes=[*self.data.notes, *self.task.notes],
+        )
+
+    def bytes_needed(self, rows: Sequence[Contender]) -> int:
+        return 0
 
     # ---- backbones
 
@@ -132,6 +154,19 @@ class Bench:
 
     # ---- trials
 
+    def do(self, job: Job, on_step: OnStep | None = None, timed: bool = False) -> Trial:
+        """Run a trial of any kind.
+
+        Args:
+            timed: let a measurement of cost include the time of a training step, since nothing else runs meanwhile.
+        """
+        if job.kind == "tune" and job.proposal is not None:
+            return self.tune(job.contender, job.proposal, on_step)
+        if job.kind == "cost":
+            rate = job.proposal.learning_rate if timed and job.proposal is not None else None
+            return self.cost(job.contender, job.size, rate)
+        return self.run(job.contender, job.number, job.seed, job.proposal, on_step)
+
     def tune(self, contender: Contender, proposal: Proposal, on_step: OnStep | None = None) -> Trial:
         """Train with proposed values; score on validation alone."""
 
@@ -156,15 +191,27 @@ class Bench:
         }
         return self.trial("tune", contender, work, **about)
 
-    def cost(self, contender: Contender, size: int | None) -> Trial:
-        """Measure what a training step costs; nothing is scored."""
+    def cost(self, contender: Contender, size: int | None, learning_rate: float | None = None) -> Trial:
+        """Measure what a training step costs; nothing is scored.
+
+        Args:
+            learning_rate: of a short training whose steps are timed as those of other trials are; None for no such training.
+        """
         from petiole.cost import measure
 
         def work() -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            if learning_rate is not None:
+                recipe = replace(self.recipe, steps=min(self.steps, TIMED))
+                adaptation = self.attached(contender, SEARCH_SEED, size)
+                course = train(adaptation, self.task, recipe, learning_rate=learning_rate, seed=SEARCH_SEED)
+                found = {"step_seconds": course.step_seconds, "share": course.share}
+                del adaptation
             model = self.attached(contender, SEARCH_SEED, size).model if contender.trains else self.fresh(SEARCH_SEED)
             autocast = torch.bfloat16 if self.recipe.precision == "bf16" else None
             heads = [site.path for site in self.anatomy.heads()]
-            return {"cost": measure(model, self.batch, autocast=autocast, heads=heads, repeats=3, warmup=1).to_dict()}
+            cost = measure(model, self.batch, autocast=autocast, heads=heads, repeats=3, warmup=1)
+            return {"cost": cost.to_dict(), **found}
 
         return self.trial("cost", contender, work, number=0, seed=SEARCH_SEED, size=size)
 
@@ -215,9 +262,10 @@ class Bench:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        config = contender.config(about.get("size"))
-        key = self.key(kind, contender, about["seed"], about.get("learning_rate"), about.get("size"))
-        return Trial(key=key, row=contender.label, kind=kind, config=config, status=status, reason=reason,
+        size, rate = about.get("size"), about.get("learning_rate")
+        proposal = Proposal(about["number"], rate or 0.0, size) if (rate, size) != (None, None) else None
+        key = Job(kind, contender, about["number"], about["seed"], proposal).key(self.identity)
+        return Trial(key=key, row=contender.label, kind=kind, config=contender.config(size), status=status, reason=reason,
                      wall_seconds=time.perf_counter() - start, **about, **found)  # fmt: skip
 
     # ---- pieces

@@ -43,6 +43,7 @@ class Trial:
             time over wall time. wall_seconds: of the whole trial.
         outputs: digest of the model's outputs on one batch: equal where nothing was changed.
         file: of the adaptation, relative to the folder; file_bytes: its size.
+        beside: whether other trials could run at the same time on the same machine; its times then say little.
     """
 
     key: str
@@ -69,6 +70,7 @@ class Trial:
     outputs: str = ""
     file: str = ""
     file_bytes: int | None = None
+    beside: bool = False
 
     @property
     def done(self) -> bool:

@@ -6,25 +6,23 @@ it was, and a finished one only writes its report anew.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from petiole import files
-from petiole.compare.bench import Bench
-from petiole.compare.contenders import BARE, BASELINES, Contender, contenders, fitting
-from petiole.compare.results import Kind, Results, Trial, alone, settle
-from petiole.compare.search import Proposal, Search, best
+from petiole.compare.contenders import BARE, BASELINES, Contender, contenders
+from petiole.compare.jobs import Engine, Facts, Job
+from petiole.compare.results import Results, Trial, alone, settle
+from petiole.compare.search import FIRST, Proposal, Search, best
 from petiole.compare.settings import SEARCH_SEED, Settings
 from petiole.compare.table import Row, axes, ranked, spread
 from petiole.compare.watch import Watch
+from petiole.errors import ConfigError
 from petiole.method import Method
 
 ALONE = 0.8  # a training that has a core for itself gets at least this share of it
@@ -84,6 +82,7 @@ def compare(
     methods: str | Sequence[str | Method | Sequence[Method]] | None = None,
     *,
     output: str | Path,
+    engine: Literal["local", "ray"] | Engine = "local",
     watch: Watch | None = None,
     retry: bool = False,
     command: str | None = None,
@@ -96,6 +95,8 @@ def compare(
         methods: slugs such as "lora,houlsby:bottleneck=8", method objects, or lists of those that act together; the baselines if None.
             The bare backbone and full fine-tuning are always among the rows.
         output: the folder of the run: trials, table, plots, report, adaptations.
+        engine: what runs the trials: "local", one after the other in this process; "ray", or a `petiole.compare.Ray` with an address and
+            resources, on a cluster. The trials and the table are the same, and either goes on with what the other began.
         watch: what is told of progress; nobody if None.
         retry: run the trials again that failed.
         command: what the report says to type; made from the settings if None.
@@ -105,124 +106,130 @@ def compare(
 
     Raises:
         ConfigError, DataError, FileError: something is wrong with what was asked for, or the folder holds another run.
+        MissingExtra: a package is not installed that the engine or the search needs.
     """
+    runner = engine_of(engine)
     rows = contenders(methods)
     if methods is not None:
         options["methods"] = tuple(row.label for row in rows[2:])
     settings = Settings(model=model, data=data, **options)
     folder = Path(output)
     watch = watch or Watch()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     new = not folder.exists()
     files.check_writable(folder)  # before anything is loaded
     try:
-        bench = Bench(settings, folder)
-    except BaseException:
-        if new:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-    command = command or settings.command(str(output))
-    with alone(folder):
-        settle(folder, bench.identity, settings.asked, command)
-        gc.collect()
-        gc.freeze()  # each trial ends with a collection, which must not go through all that was loaded again and again
         try:
-            made = Round(bench, rows, Results(folder, retry), watch).go()
-        finally:
-            gc.unfreeze()
-            watch.close()
-        result = replace(made, command=command)
-        from petiole.compare.report import write
+            facts = runner.open(settings, folder, rows)
+            files.check_writable(folder, facts.bytes_needed)
+        except BaseException:
+            if new:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        command = command or settings.command(str(output), runner.words())
+        with alone(folder):
+            settle(folder, facts.identity, settings.asked, command)
+            try:
+                made = Round(settings, facts, rows, Results(folder, retry), watch).go(runner)
+            finally:
+                watch.close()
+            result = replace(made, command=command)
+            from petiole.compare.report import write
 
-        write(result)
+            write(result)
+    finally:
+        runner.close()
     return result
+
+
+def engine_of(engine: str | Engine) -> Engine:
+    """An engine by its name, or itself.
+
+    Raises:
+        ConfigError: there is no such engine.
+    """
+    if not isinstance(engine, str):
+        return engine
+    if engine == "local":
+        from petiole.compare.local import Local
+
+        return Local()
+    if engine == "ray":
+        from petiole.compare.cluster import Ray
+
+        return Ray()
+    raise ConfigError(f"engine: {engine!r} is none of local, ray")
 
 
 class Round:
     """One pass over all rows.
 
     Args:
-        bench: runs trials. rows: who takes part. results: what is on the disk. watch: is told.
+        facts: of the engine. rows: who takes part. results: what is on the disk. watch: is told.
     """
 
-    def __init__(self, bench: Bench, rows: list[Contender], results: Results, watch: Watch) -> None:
-        self.bench, self.settings, self.task = bench, bench.settings, bench.task
+    def __init__(
+        self, settings: Settings, facts: Facts, rows: Sequence[Contender], results: Results, watch: Watch
+    ) -> None:
+        self.settings, self.facts, self.identity = settings, facts, facts.identity
         self.results, self.watch = results, watch
-        self.notes = [*bench.data.notes, *bench.task.notes]
+        self.notes = list(facts.notes)
         self.repeated = 0
+        self.alone: list[Trial] = []  # the trials that times come from
+        self.beside = False
         self.rows: list[Contender] = []
-        self.unfit: dict[str, str] = {}
-        for row, reason in fitting(rows, bench.backbone, bench.anatomy):
-            if reason and not row.asked:
-                self.notes.append(f"{row.label} was left out: {' '.join(reason.split())}")
+        for row in rows:
+            if row.label in facts.unfit and not row.asked:
+                self.notes.append(f"{row.label} was left out: {facts.unfit[row.label]}")
                 continue
             self.rows.append(row)
-            if reason:
-                self.unfit[row.label] = " ".join(reason.split())
         from petiole.tasks import METRICS
 
-        metric = METRICS[self.task.main_metric]
+        metric = METRICS[facts.metric]
         self.metric, self.title, self.higher = metric.name, metric.title, metric.higher_is_better
         self.percent = metric.highest == 1.0
 
-    def go(self) -> Comparison:
+    def go(self, engine: Engine) -> Comparison:
         plan = [(row.label, self.settings.trials if row.trains else 0, self.settings.seeds) for row in self.rows]
         self.watch.begin(plan, self.metric, self.percent, self.higher)
         for note in self.notes:
             self.watch.note(note)
         if self.results.torn:
             self.watch.note("the last row of trials.jsonl was cut short: that trial is run again")
-        made = [self.row(row) for row in self.rows]
+        made = engine.play([self.row(row) for row in self.rows], self)
         table = ranked([self.unchanged(row, trials) for row, trials in made], axes(self.settings.axes), self.higher)
-        bench = self.bench
         return Comparison(
-            folder=bench.folder,
+            folder=self.results.path.parent,
             rows=table,
             metric=self.metric,
             title=self.title,
             higher_is_better=self.higher,
             percent=self.percent,
             settings=self.settings,
-            identity=bench.identity,
+            identity=self.identity,
             command="",
-            about={
-                "model": self.settings.model,
-                "class": type(bench.backbone).__name__,
-                "data": str(bench.data).splitlines()[0],
-                "steps": bench.steps,
-                "forgetting": bench.forgetting.description if bench.forgetting else None,
-                "forgetting_before": bench.forgetting.before if bench.forgetting else None,
-            },
-            notes=[*self.notes, *self.edges(table), *self.crowded([t for _, runs in made for t in runs])],
+            about=self.facts.about,
+            notes=[*self.notes, *self.edges(table), *self.crowded()],
             trials=len(self.results.by_key),
             repeated=self.repeated,
         )
 
     # ---- one row
 
-    def row(self, contender: Contender) -> tuple[Row, list[Trial]]:
-        """Search, measure, repeat."""
+    def row(self, contender: Contender) -> Generator[list[Job], list[Trial], tuple[Row, list[Trial]]]:
+        """Search, measure, repeat: says which trials it wants next, is sent them, and ends with its row and its repeated runs."""
         seeds = list(self.settings.run_seeds)
-        if contender.label in self.unfit:
-            self.watch.skip(contender.label, self.settings.trials + 1 + len(seeds), self.unfit[contender.label])
-            return self.gathered(contender, [], None, None, [self.unfit[contender.label]]), []
-        tuned, chosen = self.search(contender) if contender.trains else ([], None)
+        if contender.label in self.facts.unfit:
+            reason = self.facts.unfit[contender.label]
+            self.watch.skip(contender.label, self.settings.trials + 1 + len(seeds), reason)
+            return self.gathered(contender, [], None, None, [reason]), []
+        tuned, chosen = (yield from self.search(contender)) if contender.trains else ([], None)
         if contender.trains and chosen is None:
             reason = f"all {len(tuned)} trials failed; the first: {tuned[0].reason}"
             self.watch.skip(contender.label, 1 + len(seeds), reason)
             return self.gathered(contender, tuned, None, None, [reason]), []
-        size = chosen.size if chosen is not None else None
-        cost = self.once("cost", contender, 0, SEARCH_SEED, None, size, lambda: self.bench.cost(contender, size))
-        rate = chosen.learning_rate if chosen is not None else None
-        runs: list[Trial] = []
-        for i, seed in enumerate(seeds):
-
-            def run(i: int = i, seed: int = seed) -> Trial:
-                return self.bench.run(contender, i, seed, chosen, self.watch.step)
-
-            runs.append(self.once("run", contender, i, seed, rate, size, run))
+        wanted = [Job("run", contender, i, seed, chosen) for i, seed in enumerate(seeds)]
+        cost, *runs = yield [Job("cost", contender, 0, SEARCH_SEED, chosen), *wanted]
         faults = [
             f"trial {t.number + 1} (learning rate {t.learning_rate:.2g}): {t.reason}" for t in tuned if not t.done
         ]
@@ -230,8 +237,8 @@ class Round:
         faults += [f"cost: {cost.reason}"] if not cost.done else []
         return self.gathered(contender, tuned, chosen, cost, faults, runs), runs
 
-    def search(self, contender: Contender) -> tuple[list[Trial], Proposal | None]:
-        """All trials of a row's search, and the best proposal."""
+    def search(self, contender: Contender) -> Generator[list[Job], list[Trial], tuple[list[Trial], Proposal | None]]:
+        """All trials of a row's search, and the best proposal. The first wait for no result, each of the others for all before it."""
         sizes = contender.sizes if self.settings.size_search else ()
         search = Search(
             contender.label,
@@ -243,39 +250,40 @@ class Round:
         )
         trials: list[Trial] = []
         scored: list[tuple[Proposal, float | None]] = []
-        for _ in range(self.settings.trials):
-            p = search.ask()
-
-            def tune(p: Proposal = p) -> Trial:
-                return self.bench.tune(contender, p, self.watch.step)
-
-            trial = self.once("tune", contender, p.number, SEARCH_SEED, p.learning_rate, p.size, tune)
-            value = trial.score("validation", self.metric) if trial.done else None
-            search.tell(value)
-            trials.append(trial)
-            scored.append((p, value))
+        while (left := self.settings.trials - len(trials)) > 0:
+            asked = [search.ask() for _ in range(1 if trials else min(len(FIRST), left))]
+            done = yield [Job("tune", contender, p.number, SEARCH_SEED, p) for p in asked]
+            for p, trial in zip(asked, done, strict=True):
+                value = trial.score("validation", self.metric) if trial.done else None
+                search.tell(p, value)
+                trials.append(trial)
+                scored.append((p, value))
         return trials, best(scored, self.higher)
 
-    def once(
-        self,
-        kind: Kind,
-        contender: Contender,
-        number: int,
-        seed: int,
-        rate: float | None,
-        size: int | None,
-        make: Callable[[], Trial],
-    ) -> Trial:
-        """A trial from the disk, or run and written."""
-        trial = self.results.get(self.bench.key(kind, contender, seed, rate, size))
-        known = trial is not None
-        if trial is None:
-            self.watch.trial(contender.label, kind, number, rate)
-            trial = make()
-            self.results.add(trial)
-        self.repeated += known
-        self.watch.end(trial, known)
+    # ---- what an engine asks and hands in
+
+    def known(self, job: Job) -> Trial | None:
+        trial = self.results.get(job.key(self.identity))
+        if trial is not None:
+            self.repeated += 1
+            self.watch.end(trial, True)
         return trial
+
+    def begin(self, job: Job) -> None:
+        self.watch.trial(job.contender.label, job.kind, job.number, job.learning_rate)
+
+    def step(self, done: int, total: int) -> None:
+        self.watch.step(done, total)
+
+    def end(self, trial: Trial) -> Trial:
+        self.results.add(trial)
+        self.watch.end(trial, False)
+        return trial
+
+    def note(self, text: str) -> None:
+        self.watch.note(text)
+
+    # ---- remarks
 
     def edges(self, rows: Sequence[Row]) -> list[str]:
         """A remark on rows whose best learning rate lies at the edge of what was searched."""
@@ -293,12 +301,15 @@ class Round:
             if labels
         ]
 
-    def crowded(self, trials: Sequence[Trial]) -> list[str]:
-        """A remark where other work on the machine kept the trainings waiting, so that times can't be trusted."""
-        shares = [trial.share for trial in trials if trial.share is not None]
-        if self.bench.device.type != "cpu" or not shares or statistics.median(shares) >= ALONE:
-            return []
-        return [
+    def crowded(self) -> list[str]:
+        """A remark where trials ran side by side, and one where other work on the machine kept the trainings waiting."""
+        beside = [
+            "trials ran side by side on a cluster: the time of a step was measured while no other ran, the time of all trials adds up what each took"
+        ]
+        shares = [trial.share for trial in self.alone if trial.share is not None]
+        if self.facts.device != "cpu" or not shares or statistics.median(shares) >= ALONE:
+            return beside * self.beside
+        return beside * self.beside + [
             f"the machine was busy with other work: trainings got {100 * statistics.median(shares):.0f} % of a core, so times are too long, "
             "and not by the same factor in all rows"
         ]
@@ -315,6 +326,10 @@ class Round:
         runs: Sequence[Trial] = (),
     ) -> Row:
         """A row of the table from its trials; rank and fronts come later."""
+        everything = [*tuned, *runs, *([cost] if cost is not None else [])]
+        timed = [trial for trial in everything if not trial.beside]  # on a cluster: the measurement of cost alone
+        self.beside = self.beside or len(timed) < len(everything)
+        self.alone += [trial for trial in timed if trial.kind != "tune"]
         done = [trial for trial in runs if trial.done]
         scores = [value for trial in done if (value := trial.score("test", self.metric)) is not None]
         mean, sd = spread(scores)
@@ -342,13 +357,13 @@ class Round:
             head_parameters=costs.get("head_parameters") if trained else 0,
             backbone_parameters=costs["total_parameters"] - costs["deltas_parameters"] if costs else None,
             file_bytes=(bytes_of or costs.get("checkpoint_bytes")) if trained else 0,
-            training_flops=costs["step_flops"] * self.bench.steps if costs and trained else 0 if costs else None,
+            training_flops=costs["step_flops"] * self.facts.steps if costs and trained else 0 if costs else None,
             saved_bytes=costs.get("saved_bytes") if trained else None,
             peak_bytes=costs.get("peak_bytes") if trained else None,
-            step_seconds=min((t.step_seconds for t in (*tuned, *runs) if t.step_seconds), default=None),
+            step_seconds=min((t.step_seconds for t in timed if t.step_seconds), default=None),
             forward_seconds=costs.get("forward_seconds"),
             run_seconds=spread([trial.seconds for trial in done])[0] if trained else None,
-            total_seconds=sum(trial.wall_seconds for trial in (*tuned, *runs, *([cost] if cost else []))),
+            total_seconds=sum(trial.wall_seconds for trial in everything),
             forgetting=spread(forgotten)[0],
             curve=averaged([trial.losses for trial in done]),
             course=averaged([trial.course for trial in done]),
@@ -362,7 +377,7 @@ class Round:
             return row
         bare = Contender(BARE)
         for trial in runs:
-            reference = self.results.get(self.bench.key("run", bare, trial.seed))
+            reference = self.results.get(Job("run", bare, trial.number, trial.seed).key(self.identity))
             if reference is None or not reference.outputs or reference.outputs != trial.outputs:
                 return row
         return replace(

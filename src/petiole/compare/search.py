@@ -60,21 +60,23 @@ class Search:
             if sizes and i == 0:
                 start["size"] = size
             self.study.enqueue_trial(start)
-        self.asked: Any = None
+        self.asked: dict[int, Any] = {}
 
     def ask(self) -> Proposal:
-        """The next proposal."""
-        self.asked = self.study.ask()
-        rate = 10 ** self.asked.suggest_float("learning_rate", self.low, self.high)
-        size = self.asked.suggest_categorical("size", list(self.sizes)) if self.sizes else None
-        return Proposal(self.asked.number, float(f"{rate:.4g}"), size)  # four digits: what is printed is what was run
+        """The next proposal. The first `len(FIRST)` depend on no result, so they may all be asked for before the first is told."""
+        asked = self.study.ask()
+        self.asked[asked.number] = asked
+        rate = 10 ** asked.suggest_float("learning_rate", self.low, self.high)
+        size = asked.suggest_categorical("size", list(self.sizes)) if self.sizes else None
+        return Proposal(asked.number, float(f"{rate:.4g}"), size)  # four digits: what is printed is what was run
 
-    def tell(self, score: float | None) -> None:
-        """How the last proposal went; None if it failed, which counts as worse than any score."""
+    def tell(self, proposal: Proposal, score: float | None) -> None:
+        """How a proposal went; None if it failed, which counts as worse than any score."""
+        asked = self.asked.pop(proposal.number)
         if score is None or not math.isfinite(score):
-            self.study.tell(self.asked, state=self.pruned)
+            self.study.tell(asked, state=self.pruned)
         else:
-            self.study.tell(self.asked, score)
+            self.study.tell(asked, score)
 
 
 def best(scored: list[tuple[Proposal, float | None]], higher_is_better: bool = True) -> Proposal | None:

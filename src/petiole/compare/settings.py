@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -108,8 +108,8 @@ class Settings(BaseModel):
 
     # ---- the command line that says the same
 
-    def command(self, output: str) -> str:
-        """A command that runs this comparison."""
+    def command(self, output: str, engine: Sequence[str] = ()) -> str:
+        """A command that runs this comparison; `engine` is what it says about the engine."""
         words = ["petiole", "compare", "--model", self.model, "--data", self.data]
         if self.methods is not None:
             words += ["--methods", ",".join(self.methods)]
@@ -126,7 +126,7 @@ class Settings(BaseModel):
             words.append("--size-search")
         if self.axes != DEFAULT_AXES:
             words += ["--axes", ",".join(self.axes)]
-        return " ".join(shlex.quote(word) for word in [*words, "--output", output])
+        return " ".join(shlex.quote(word) for word in [*words, *engine, "--output", output])
 
 
 def limit_text(limit: Mapping[str, int]) -> str:

@@ -25,8 +25,13 @@ class Progress:
     rate: float | None = None
     scores: list[float] = field(default_factory=list)
     parameters: int | None = None
-    now: str = ""
+    running: dict[tuple[Kind, int], str] = field(default_factory=dict)
     fault: str = ""
+
+    @property
+    def now(self) -> str:
+        """The trials that run, in words."""
+        return "; ".join(self.running.values())
 
 
 class Watch:
@@ -56,7 +61,7 @@ class Watch:
             "run": f"seed {number + 1} of {row.runs}",
             "cost": "measuring",
         }[kind]
-        row.now = what + (f", learning rate {learning_rate:.2g}" if learning_rate else "")
+        row.running[kind, number] = what + (f", learning rate {learning_rate:.2g}" if learning_rate else "")
 
     def step(self, done: int, total: int) -> None:
         """A step of the trial that runs."""
@@ -64,7 +69,7 @@ class Watch:
     def end(self, trial: Trial, repeated: bool) -> None:
         """A trial has ended, or was found on the disk."""
         row = self.rows[trial.row]
-        row.now = ""
+        row.running.pop((trial.kind, trial.number), None)
         self.done += 1
         self.repeated += repeated
         value = trial.score("test" if trial.kind == "run" else "validation", self.metric)
