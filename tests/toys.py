@@ -28,6 +28,7 @@ from petiole.method import (
     StackDelta,
     TokenDelta,
     WeightDelta,
+    registry,
 )
 
 Places = Callable[[Anatomy], Iterable[Place]]
@@ -53,6 +54,7 @@ def on(roles: Iterable[str], make: Callable[[Site], Delta], **choice: Any) -> Pl
 @contextmanager
 def registered(*classes: type[Method]) -> Iterator[None]:
     """Classes that have a slug stand in the registry inside the `with` alone."""
+    registry()  # what is found inside would be gone afterwards
     before = dict(_REGISTRY)
     _REGISTRY.update({cls.slug: cls for cls in classes})
     try:

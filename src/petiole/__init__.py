@@ -19,6 +19,7 @@ from petiole.attach import attach as attach
 from petiole.attach import disabled as disabled
 from petiole.attach import given as given
 from petiole.attach import route as route
+from petiole.attach import streams as streams
 from petiole.errors import PetioleError as PetioleError
 from petiole.method import Delta as Delta
 from petiole.method import Method as Method
@@ -50,6 +51,7 @@ _HERE = (
     "load",
     "registry",
     "route",
+    "streams",
 )
 _HOMES = {"Cache": "cache", "Events": "training", "Trainer": "training", "load_peft": "interop", "plan": "planning"}
 

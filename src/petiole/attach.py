@@ -24,6 +24,7 @@ from petiole.anatomy import Anatomy, Site, anatomy
 from petiole.context import Names, Recall
 from petiole.errors import AttachError, ConfigError
 from petiole.junction import (
+    AroundSlot,
     AttentionSlot,
     BlockSlot,
     HiddenSlot,
@@ -39,6 +40,7 @@ from petiole.junction import (
 )
 from petiole.method import (
     ASIDE,
+    AroundDelta,
     AttentionDelta,
     Base,
     BlockDelta,
@@ -52,6 +54,7 @@ from petiole.method import (
     WeightDelta,
     raw,
 )
+from petiole.streams import Streams
 
 HEAD = -1  # the number that stands for the task head among the numbers of an adaptation's methods
 _CHILD = "petiole"
@@ -196,6 +199,11 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
         raise AttachError(
             f"{where} is {'a part of a' if site.rows else 'more than one'} module, which can't be renewed as one"
         )
+    if isinstance(delta, AroundDelta):
+        if site.rows or site.path != site.exit or site.kind == "parameter":
+            raise AttachError(f"{where} is not one module that is called, so nothing can stand around it")
+        if sequence_first(module):
+            raise AttachError(f"{where} holds its hidden states as (time, batch, width); streams need batch_first=True")
     if isinstance(delta, (BlockDelta, StackDelta, TokenDelta)):
         if site.role != "block" or (isinstance(delta, BlockDelta) and not site.path.rpartition(".")[2].isdecimal()):
             raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
@@ -279,6 +287,7 @@ class Host:
         self.junctions: dict[tuple[str, bool], tuple[Junction, list[Any]]] = {}
         self.attention_configs: list[tuple[Any, Any]] = []
         self.training: Any = None  # a weak reference to the `Events` of the run that goes on, if any
+        self.streams = Streams()  # beside the model's own hidden state
         self.owes_terms = False  # whether the loss of this step still lacks the terms of methods
         self.merges: list[
             tuple[Adaptation, set[tuple[str, str]]]
@@ -453,6 +462,8 @@ class Host:
         """What was trained in place and does not act now is put aside, for this thread's outermost pass. One thread at a time."""
         me = threading.get_ident()
         self._inside[me] = self._inside.get(me, 0) + 1
+        if self._inside[me] == 1:
+            self.streams.take()
         if self._inside[me] == 1 and any(a.own for a in self.adaptations.values()):
             self._lock.acquire()
             self.put_aside([a for a in self.adaptations.values() if not self.acts(a.name)])
@@ -510,18 +521,24 @@ class Host:
     def resumed(self, held: Sequence[tuple[Slot, Any]]) -> Iterator[None]:
         """As inside the forward pass in which `held` was held, for computing a part of it again."""
         me = threading.get_ident()
-        before = self.holding()
+        before, streams = self.holding(), self.streams.take()
         self.begin()
         try:
             for slot, value in held:
                 slot._held[me] = value
             yield
         finally:
-            for slot, _ in held:
+            for slot, _ in self.holding():  # computing may have stopped before all of it was used
                 slot._held.pop(me, None)
             for slot, value in before:
                 slot._held[me] = value
             self.end()
+            self.streams.take()
+            self.streams.bring_back(streams)
+
+    def streaming(self) -> bool:
+        """Whether streams run beside the model's own hidden state."""
+        return any(isinstance(s, AroundSlot) and s.acts() for a in self.adaptations.values() for s in a.slots)
 
     def holding(self) -> list[tuple[Slot, Any]]:
         """What slots have read in this thread and not yet used."""
@@ -590,7 +607,8 @@ class Host:
             junction.train(module.training)
             handles = [
                 module.register_forward_pre_hook(junction.before, with_kwargs=True),
-                module.register_forward_hook(junction.after, with_kwargs=True, always_call=parameter),
+                # First of all, so that whoever looks at the output sees what the model sees.
+                module.register_forward_hook(junction.after, with_kwargs=True, always_call=parameter, prepend=True),
             ]
             self.junctions[key] = (junction, [*handles, owner, name])
         return self.junctions[key][0]
@@ -706,6 +724,7 @@ KINDS: tuple[tuple[type[Delta], type[Slot]], ...] = (
     (WeightDelta, WeightSlot),
     (HiddenDelta, HiddenSlot),
     (ModuleDelta, ModuleSlot),
+    (AroundDelta, AroundSlot),
     (StackDelta, StackSlot),
     (BlockDelta, BlockSlot),
     (AttentionDelta, AttentionSlot),
@@ -983,4 +1002,17 @@ def given(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-__all__ = ["Host", "activate", "adaptations", "attach", "detach", "disabled", "given", "route"]
+def streams(model: nn.Module) -> dict[str, list[Tensor]]:
+    """What ran beside the model's own hidden state in this thread's last forward pass, by name: states (B, ...) in the order of depth.
+
+    They are handed over: a second call gives none. Inside the forward pass, a head that reads them finds those so far.
+    """
+    host = host_of(model)
+    found: dict[str, list[Tensor]] = {}
+    for _, at_one_place in sorted(host.streams.take().items()) if host is not None else ():
+        for name, state in at_one_place.items():
+            found.setdefault(name, []).append(state)
+    return found
+
+
+__all__ = ["Host", "activate", "adaptations", "attach", "detach", "disabled", "given", "route", "streams"]

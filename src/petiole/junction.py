@@ -328,6 +328,27 @@ class ModuleSlot(Slot):
         return put(on_rows(y, rows, lambda own: of_output(new)[0].index_select(0, rows)))
 
 
+class AroundSlot(Slot):
+    """Changes what a module is given, and then what it returns."""
+
+    def points(self) -> Iterator[Point]:
+        yield Point(self.site.path, "before", "enter", owns=True)
+        yield Point(self.site.path, "after", "leave")
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        if self.host.rows(self.adaptation, None) is not None:
+            raise AttachError(f"{self.site.key}: what changes the batch acts on every row of it, or on none")
+        self.fire()
+        h, put = of_input(args, kwargs)
+        self.hold(h)
+        new = self.delta.enter(h)
+        return None if new is h else put(new)
+
+    def leave(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        y, put = of_output(output)
+        return put(self.delta.leave(y, self.release()))
+
+
 class StackSlot(Slot):
     """Collects the hidden states of a whole stack and writes its last one."""
 
@@ -428,6 +449,9 @@ class Junction(nn.Module):
                 slot.fired |= slot.acts()
             return factored.add(held[0], output, module, held[1])
         acting = [(slot, point) for slot, point in self.slots if point.when == "after" and slot.acts()]
+        around = [entry for entry in acting if isinstance(entry[0], AroundSlot)]
+        if around:  # they stand outside of all others here
+            acting = [entry for entry in acting if entry not in around] + around[::-1]
         names = acting[0][0].host.row_names() if acting and not torch.compiler.is_compiling() else None
         if names is not None and all(len(row) < 2 for row in names):
             return self.by_row(acting, names, module, args, kwargs, output)

@@ -236,6 +236,22 @@ class BlockDelta(Delta):
     """Stands in for a block. `forward(block, *args, **kwargs)` is called instead of the block and returns what it would."""
 
 
+class AroundDelta(Delta):
+    """Acts at both ends of a module, which may see another batch in between: several streams side by side, or one of several.
+
+    What enters first leaves last, after all other changes at the module. Streams that go on beside the model's own hidden state are
+    published: `self.host.streams`.
+    """
+
+    def enter(self, h: Tensor) -> Tensor:
+        """The hidden state h (n, ...) that comes -> what the module is given in its place."""
+        return h
+
+    def leave(self, y: Tensor, h: Tensor) -> Tensor:
+        """The module's output y, and h as it came -> the new output."""
+        return y
+
+
 class StackDelta(Delta):
     """A network beside a whole stack. `forward`: the L+1 hidden states, input first -> the stack's new last hidden state."""
 
