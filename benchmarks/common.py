@@ -7,7 +7,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 
-def options(about: str, repeats: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=about)
+def options(about: str, repeats: int, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, parents=list(parents))
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is repeated with another seed")
     parser.add_argument(
         "--repeats", type=int, default=repeats, help="timed rounds; each round runs every candidate once"

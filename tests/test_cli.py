@@ -138,6 +138,15 @@ def test_tune_shows_the_bare_backbone_beside_what_was_tuned(here: Path, tmp_path
     assert found["scores"]["bare"] != found["scores"]["linear-probe"]
 
 
+def test_tune_says_what_it_skips_and_what_it_recomputes(here: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.petiole.safetensors"
+    words = ("tune", *source(here), "--method", "lora", "--set", "layers=[1]", *TINY, "--output", path)
+    result = call(*words, "--cache", "1MB", "--memory", "1GB", "--learning-rate", "0.01")
+    assert "recomputes nothing: a step takes" in result.stderr and "skips 1 of 2 blocks" in result.stderr
+    refused = call(*words, "--memory", "1kB")
+    assert refused.exit_code != 0 and "recomputed a step still takes" in refused.stderr
+
+
 def test_eval_scores_the_bare_backbone_on_the_same_rows(here: Path, tuned: Path) -> None:
     from petiole.store import load
     from petiole.tasks import load_data, prepare

@@ -207,6 +207,26 @@ def test_gradient_checkpointing_trades_flops_for_memory(method: Any) -> None:
     )  # the user's own model is left alone
 
 
+def test_a_memory_budget_recomputes_just_enough_and_says_the_price() -> None:
+    model, batch = tiny.model("llama", num_hidden_layers=5), tiny.batch("llama")
+    plain = pt.plan(model, "lora,norm-tuning,full", batch=batch)
+    assert plain["lora"].memory_bytes is not None and plain["full"].memory_bytes is not None
+    budget = plain["lora"].memory_bytes - 1
+    found = pt.plan(model, "lora,norm-tuning,full", batch=batch, budget=f"memory={budget}", recompute=True)
+    row = found["lora"]
+    assert row.recomputed == 1 and row.fits and row.memory_bytes is not None and row.memory_bytes <= budget
+    assert row.step_flops is not None and row.step_flops > (plain["lora"].step_flops or 0)
+    assert row.saved_bytes is not None and row.saved_bytes < (plain["lora"].saved_bytes or 0)
+    assert row.note.startswith("recomputes 1 of 5 blocks, which takes")
+    beyond = found["full"]
+    assert not beyond.fits and beyond.recomputed == 0 and beyond.memory_bytes == plain["full"].memory_bytes
+    assert beyond.note.startswith("with all 5 blocks recomputed a step still takes")
+    assert found.to_dict()["recompute"] is True
+    for wrong in ({"budget": "params=1%"}, {}, {"budget": "memory=1GB", "gradient_checkpointing": True}):
+        with pytest.raises(ConfigError, match="recompute=True needs a budget of memory"):
+            pt.plan(model, "lora", batch=batch, recompute=True, **wrong)
+
+
 @pytest.mark.parametrize("layers", [(3,), (0, -1), (-2,)])
 def test_what_only_some_depths_have_runs_through_the_whole_model(layers: tuple[int, ...]) -> None:
     row = same(tiny.model("bert", num_hidden_layers=7), tiny.batch("bert"), pt.LoRA(layers=layers))

@@ -34,14 +34,18 @@ from petiole.junction import StackSlot, of_input, of_output
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def bytes_of(size: int | str) -> int:
-    """`"2GB"`, `"500MiB"` or a number -> bytes."""
+def bytes_of(size: int | str, name: str = "budget") -> int:
+    """`"2GB"`, `"500MiB"` or a number -> bytes.
+
+    Raises:
+        ConfigError: it can't be read; says so of the field `name`.
+    """
     if isinstance(size, int):
         return size
     found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMG]?i?B?)\s*", size)
     if found is None or found[2] not in _UNITS:
         raise ConfigError(
-            f"budget = {size!r}: a number of bytes, or one with a unit of {', '.join(u for u in _UNITS if u)}"
+            f"{name} = {size!r}: a number of bytes, or one with a unit of {', '.join(u for u in _UNITS if u)}"
         )
     return int(float(found[1]) * _UNITS[found[2]])
 

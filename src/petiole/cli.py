@@ -316,6 +316,10 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
     ] = False,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Where memory is over the budget, recompute as few blocks as it takes."),
+    ] = False,
     task: TaskName = "auto",
     labels: Annotated[int | None, typer.Option(help="Classes of the head, without --data.")] = None,
     column: Columns = None,
@@ -347,7 +351,8 @@ def plan(
         with bar("methods") as step:
             done = run(
                 methods=methods, budget=budget, fit=fit, batch_size=batch_size, dtype=dtype, optimizer=optimizer, front_axes=axes,
-                autocast="bfloat16" if precision == "bf16" else None, gradient_checkpointing=gradient_checkpointing, watch=step, **source,
+                autocast="bfloat16" if precision == "bf16" else None, gradient_checkpointing=gradient_checkpointing, recompute=recompute,
+                watch=step, **source,
             )  # fmt: skip
         if plot is not None:
             done.plot(plot)
@@ -510,6 +515,16 @@ def tune(
     batch_size: BatchSize = 16,
     precision: Precision = "fp32",
     seed: Annotated[int, typer.Option(help="Of head, new parameters and order of the rows.")] = 0,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory such as 2GB in which what the frozen blocks compute is kept, so that later epochs skip them."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What a step may hold, such as 4GB: just as many blocks are recomputed as it takes."),
+    ] = None,
     task: TaskName = "auto",
     column: Columns = None,
     limit: Limit = None,
@@ -542,6 +557,8 @@ def tune(
             seed,
             output,
             as_json,
+            cache=cache,
+            memory=memory,
         )
         if as_json:
             emit(found)
@@ -551,7 +568,14 @@ def tune(
 
 
 def trained(
-    chosen: Any, task: Any, recipe: Any, learning_rate: float | None, seed: int, output: Path, silent: bool
+    chosen: Any,
+    task: Any,
+    recipe: Any,
+    learning_rate: float | None,
+    seed: int,
+    output: Path,
+    silent: bool,
+    **savings: str | None,
 ) -> dict[str, Any]:
     """Attach, train, score before and after, save."""
     import torch
@@ -574,7 +598,10 @@ def trained(
             file=sys.stderr,
         )
     with bar("training") as on_step:
-        course = train(adaptation, task, recipe, learning_rate=rate, seed=seed, on_step=on_step)
+        course = train(
+            adaptation, task, recipe, learning_rate=rate, seed=seed, on_step=on_step,
+            on_start=lambda line: print(line, file=sys.stderr), **savings,  # type: ignore[arg-type]
+        )  # fmt: skip
     score[chosen.label] = measured(task.evaluate(backbone, split, batch_size=2 * recipe.batch_size), split)
     adaptation.save(output)
     return {

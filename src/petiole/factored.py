@@ -294,7 +294,7 @@ def above(node: Any, index: int = 0) -> Any:
 
 
 def possible(node: Any, exact: bool = False, depth: int = 0) -> bool:
-    """Whether `compute` can serve a node. Saved tensors are not looked at: unpacking them is not free.
+    """Whether `compute` can serve a node. Saved tensors are not unpacked: that is not free.
 
     Args:
         exact: whether the shape matters; views don't say theirs, so then they are no help.
@@ -303,7 +303,7 @@ def possible(node: Any, exact: bool = False, depth: int = 0) -> bool:
         return False
     name = node.name()
     if name in _RULES:
-        return True
+        return whole(node)
     if name in _VIEWS:
         return not exact and possible(above(node), exact, depth + 1)
     if name in _SAME:
@@ -311,8 +311,15 @@ def possible(node: Any, exact: bool = False, depth: int = 0) -> bool:
     if name == "TransposeBackward0":
         return possible(above(node), True, depth + 1)
     if name == "MulBackward0":
-        return all(kept_operand(node, i) or possible(above(node, i), True, depth + 1) for i in (0, 1))
+        return whole(node) and all(kept_operand(node, i) or possible(above(node, i), True, depth + 1) for i in (0, 1))
     return False
+
+
+def whole(node: Any) -> bool:
+    """Whether a node has what it saved as tensors, and not as something from which checkpointing makes them, once."""
+    names = ("_raw_saved_input", "_raw_saved_self", "_raw_saved_other", "_raw_saved_query")
+    saved = [getattr(node, name).data for name in names if hasattr(node, name)]
+    return all(data is None or isinstance(data, Tensor) for data in saved)
 
 
 def kept_operand(node: Any, index: int) -> bool:

@@ -96,7 +96,10 @@ def train(
     learning_rate: float,
     seed: int = 0,
     evaluations: int = 0,
+    cache: int | str | None = None,
+    memory: int | str | None = None,
     on_step: OnStep | None = None,
+    on_start: Callable[[str], None] | None = None,
 ) -> Course:
     """Train what is attached, IN PLACE.
 
@@ -105,7 +108,8 @@ def train(
         learning_rate: at its highest.
         seed: of the order of the rows and of dropout.
         evaluations: how often the score on validation is taken, evenly over the run; 0 for never.
-        on_step: called with steps done and steps in all.
+        cache, memory: as `pt.Trainer` takes them.
+        on_step: called with steps done and steps in all. on_start: called with what is skipped or recomputed, in words.
 
     Raises:
         TrainingError: a loss or weight is not finite, or something trains in vain.
@@ -122,7 +126,11 @@ def train(
             args=arguments(recipe, steps, learning_rate, seed, scratch),
             train_dataset=rows,
             data_collator=task.collator,
+            cache=cache,
+            memory=memory,
         )
+        if on_start is not None:
+            trainer.add_callback(starter(trainer, on_start))
         watch = watcher(trainer, task, recipe, steps, evaluations, on_step)
         start, busy = time.perf_counter(), time.process_time()
         trainer.train()
@@ -195,6 +203,20 @@ def watcher(trainer: Any, task: Task, recipe: Recipe, steps: int, evaluations: i
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     return watch
+
+
+def starter(trainer: Any, on_start: Callable[[str], None]) -> Any:
+    """A callback that says what the trainer skips or recomputes, before the first step."""
+    from transformers import TrainerCallback
+
+    class Starter(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if trainer.recomputes is not None:
+                on_start(str(trainer.recomputes))
+            if trainer.cache is not None:
+                on_start(trainer.cache.summary().partition(";")[0])
+
+    return Starter()
 
 
 def now() -> float:

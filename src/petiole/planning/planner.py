@@ -50,6 +50,7 @@ def plan(
     autocast: str | torch.dtype | None = None,
     optimizer: str | MakeOptimizer = "adamw",
     gradient_checkpointing: bool = False,
+    recompute: bool = False,
     task: str | None = None,
     num_labels: int | None = None,
     budget: str | Budget | None = None,
@@ -68,6 +69,8 @@ def plan(
         autocast: type for mixed precision, off if None.
         optimizer: adamw, adam, sgd, momentum, or a function from a list of parameters to an optimiser.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        recompute: where a method breaks the budget's memory, do that for as few blocks as it takes (`pt.Trainer(memory=…)` does), and
+            say so; the more FLOPs are its price.
         task: for a head of that kind, as `petiole.tasks` names it. num_labels: its classes.
         budget: such as "params=0.5%,memory=8GB,flops=40T".
         fit: give every method that has a main size (rank, bottleneck, length) the largest one within the budget.
@@ -82,6 +85,11 @@ def plan(
     limits = budget if isinstance(budget, Budget) else Budget.parse(budget)
     if fit and not limits.limits:
         raise ConfigError("fit=True needs a budget to fit into, such as budget='params=0.5%'")
+    memory = next((int(one.most) for one in limits.limits if one.axis.name == "memory"), None)
+    if recompute and (memory is None or gradient_checkpointing):
+        raise ConfigError(
+            "recompute=True needs a budget of memory to keep to, such as budget='memory=8GB', and no gradient_checkpointing"
+        )
     at_least_one(batch_size=batch_size, length=length)
     chosen, marked = contenders(methods), axes(front_axes if isinstance(front_axes, str) else list(front_axes))
     kind, mixed = type_of("dtype", dtype), type_of("autocast", autocast)
@@ -93,7 +101,8 @@ def plan(
     planner = Planner(backbone, found, given, maker(optimizer), mixed)
     rows = []
     for one in chosen:
-        rows.append(fitted(planner, one, limits) if fit and main_size(one)[2] else planner.row(one))
+        row = fitted(planner, one, limits) if fit and main_size(one)[2] else planner.row(one)
+        rows.append(planner.recomputed(row, one, memory) if recompute and memory is not None else row)
         if watch is not None:
             watch(len(rows), len(chosen))
     rows = [replace(row, over=limits.over(row)) for row in rows]
@@ -108,6 +117,7 @@ def plan(
             "gradient_checkpointing": gradient_checkpointing,
             "budget": limits.text(),
             "fit": fit,
+            "recompute": recompute,
             "front_axes": [axis.name for axis in marked],
         },
         shapes={name: list(value.shape) for name, value in given.items() if isinstance(value, Tensor)},
@@ -290,6 +300,32 @@ class Planner:
             optimizer_bytes=found.optimizer_bytes,
             peak_bytes=found.peak_bytes,
             whole=whole,
+        )
+
+    def recomputed(self, row: Row, contender: Contender, memory: int) -> Row:
+        """The row with as few blocks recomputed as the memory takes; as it is where that helps nothing."""
+        from petiole import recompute
+
+        if row.reason or row.memory_bytes is None or row.memory_bytes <= memory:
+            return row
+        if row.size is not None:
+            contender = resized(contender, row.size)
+        try:
+            with attached(self.model, contender.methods, self.found):
+                chosen = recompute.fit(
+                    self.model, self.batch, memory,
+                    make=self.make, loss=default_loss, autocast=self.autocast, extra_bytes=row.kept_bytes or 0,
+                )  # fmt: skip
+        except PetioleError as error:
+            return replace(row, note=inputs.one_line(error).removeprefix(f"memory = {memory}: "))
+        more = chosen.step_flops / chosen.plain_flops - 1
+        return replace(
+            row,
+            step_flops=chosen.step_flops,
+            saved_bytes=chosen.saved_bytes,
+            peak_bytes=chosen.peak_bytes - (row.kept_bytes or 0),
+            recomputed=len(chosen.blocks),
+            note=f"recomputes {len(chosen.blocks)} of {chosen.among} blocks, which takes {more:.0%} more FLOPs a step",
         )
 
     def run(self, model: nn.Module, blocks: Mapping[str, tuple[Any, ...]]) -> Figures:

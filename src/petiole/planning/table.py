@@ -30,6 +30,7 @@ class Row:
         weight_bytes: parameters and buffers. gradient_bytes: one for each trainable parameter. optimizer_bytes: its state.
         peak_bytes: the most that is alive at once in a training step, all of the above included.
         kept_bytes: original values of what trains in place, which petiole holds so that `detach` can give them back.
+        recomputed: blocks that are recomputed in the backward pass to stay within the memory budget; figures are with that.
         whole: every block ran; otherwise a few did, and the others are like them.
         over: limit of the budget that is broken -> cost / limit. front: see `Plan.front`.
         reason: why there are no figures. note: what else is to be known.
@@ -52,6 +53,7 @@ class Row:
     optimizer_bytes: int | None = None
     peak_bytes: int | None = None
     kept_bytes: int | None = None
+    recomputed: int = 0
     whole: bool = False
     over: dict[str, float] = field(default_factory=dict)
     front: bool = False

@@ -10,20 +10,24 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer as HFTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from petiole import files
 from petiole.adaptation import Adaptation
 from petiole.attach import host_of, need_host
+from petiole.cache import Cache, bytes_of
 from petiole.errors import FileError, TrainingError
-from petiole.proof import untouched
+from petiole.proof import default_loss, untouched
+from petiole.recompute import Choice, fit, recomputed
 from petiole.store import refill, save
 from petiole.training import groups, processes
 from petiole.training.callback import PetioleCallback, inner
@@ -33,6 +37,7 @@ from petiole.training.events import Events, check_state, only_acting
 SUFFIX = ".petiole.safetensors"
 EVENTS = "events.json"
 CALIBRATION_BATCHES = 8
+ROW = "petiole_row"  # of a batch: the numbers of its rows in the training set
 
 
 class Trainer(HFTrainer):
@@ -40,6 +45,10 @@ class Trainer(HFTrainer):
 
     Args:
         prove: whether the first step must show that every site was called, and every delta got a gradient and moved.
+        cache: "2GB" or bytes of memory in which what the frozen blocks below compute is kept by row, so that later epochs skip them
+            (`petiole.cache`); more goes to a file in `output_dir`. None for none.
+        memory: "4GB" or bytes that a step may hold: just as many blocks are recomputed in the backward pass as it takes
+            (`petiole.recompute`), found on the largest of the first batches. None keeps everything.
 
     A checkpoint holds one petiole file per adaptation instead of the model, and a manifest written last;
     `train(resume_from_checkpoint=True)` takes the newest checkpoint whose manifest holds, and says which it skipped.
@@ -50,10 +59,23 @@ class Trainer(HFTrainer):
     """
 
     model_accepts_loss_kwargs: bool
+    train_dataset: Any
 
-    def __init__(self, *args: Any, prove: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        prove: bool = True,
+        cache: int | str | None = None,
+        memory: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         need_host(inner(self.model))
+        self.cache_size = None if cache is None else bytes_of(cache, "cache")
+        self.memory = None if memory is None else bytes_of(memory, "memory")
+        self.cache: Cache | None = None  # while it trains
+        self.numbers = False  # whether the loader that is being made keeps the numbers of its rows
+        self.recomputes: Choice | None = None  # once it trains
         self.refuse_unfit()
         self.args.logging_nan_inf_filter = False  # the run stops at the first such loss: nothing is left to hide
         self.pop_callback(PetioleCallback)  # one is enough: events must not fire twice
@@ -74,6 +96,16 @@ class Trainer(HFTrainer):
             raise TrainingError(
                 "FSDP and DeepSpeed shard the parameters, which adaptations can't be saved from; use DDP"
             )
+        if self.memory is not None and self.args.activation_checkpointing:
+            raise TrainingError(
+                "memory= decides how many blocks are recomputed, gradient_checkpointing=True takes all; give one of them"
+            )
+        if self.cache_size is not None and processes.count() > 1:
+            raise TrainingError(
+                "cache= keeps rows by process, and every epoch gives them to other processes; train in one process with it"
+            )
+        if self.cache_size is not None and not hasattr(self.train_dataset, "__len__"):
+            raise TrainingError("cache= keeps rows by their number, and this training set is a stream without one")
         reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
         if self.args.activation_checkpointing and reentrant and processes.count() > 1 and idles(inner(self.model)):
             raise TrainingError(
@@ -124,10 +156,70 @@ class Trainer(HFTrainer):
         if self.args.save_strategy != "no" and self.is_world_process_zero():
             stored = sum(p.numel() * (p.element_size() + 8) for a in self.adaptations.values() for p in a.parameters())
             files.check_writable(self.args.output_dir, 2 * stored)  # before the run, not at its first checkpoint
-        if self.model_init is not None:
+        with ExitStack() as around:
+            if self.model_init is None:
+                around.enter_context(only_acting(inner(self.model)))
+            if self.memory is not None:
+                self.recomputes = self.choice(self.memory)
+                around.enter_context(recomputed(inner(self.model), self.recomputes.blocks))
+            if self.cache_size is not None:
+                self.cache = Cache(inner(self.model), self.cache_size)
+                around.callback(self.forget)
             return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
-        with only_acting(inner(self.model)):
-            return super().train(resume_from_checkpoint=folder and str(folder), **kwargs)
+
+    def choice(self, memory: int) -> Choice:
+        """Which blocks are recomputed, found on the largest of the first batches: the same on every process.
+
+        Raises:
+            ConfigError: recomputing all of them is not enough.
+        """
+        model = inner(self.model)
+        with torch.random.fork_rng():  # a loader draws from the global generator
+            largest = max(
+                Batches(self), key=lambda batch: sum(v.numel() for v in batch.values() if isinstance(v, Tensor))
+            )
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        made = type(self.optimizer) if self.optimizer is not None else kind
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return made(parameters, **({} if self.optimizer is not None else options))
+
+        autocast = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        buckets = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return fit(
+            model,
+            largest,
+            memory,
+            make=make,
+            loss=default_loss,
+            autocast=autocast,
+            extra_bytes=buckets if processes.count() > 1 else 0,  # DDP's own copies of the gradients
+        )
+
+    # ---- rows by number, for the cache
+
+    def forget(self) -> None:
+        """Drop what was kept, once the run is over."""
+        if self.cache is not None:
+            self.cache.close()
+        self.cache = None
+
+    def get_train_dataloader(self) -> Any:
+        if self.cache is None:
+            return super().get_train_dataloader()
+        rows = self.train_dataset
+        if hasattr(rows, "remove_columns"):  # while it still says which columns it has
+            rows = self._remove_unused_columns(rows, description="Training")
+        before, self.train_dataset = self.train_dataset, Numbered(rows)
+        self.numbers = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.numbers = before, False
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        collator = super()._get_collator_with_removed_columns(data_collator, description=description)
+        return Numbers(collator) if self.numbers else collator
 
     def checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> Path | None:
         """The folder to resume from; None to begin anew."""
@@ -167,8 +259,9 @@ class Trainer(HFTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        num_items_in_batch = self.items_that_count(inputs, num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.cache.rows(inputs.pop(ROW)) if self.cache is not None else nullcontext():
+            num_items_in_batch = self.items_that_count(inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
         events = self.events
         if self.accelerator.sync_gradients:
             events.synchronise()
@@ -343,6 +436,31 @@ def step_of(folder: Path) -> int:
     return int(step) if step.isdecimal() and folder.is_dir() else -1
 
 
+class Numbered(Dataset[dict[str, Any]]):
+    """A training set whose rows say which they are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.rows[number], ROW: int(number)}
+
+
+class Numbers:
+    """A collator that keeps the numbers of rows apart, and hands them on as one more tensor (B,)."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        numbers = [row[ROW] for row in rows]
+        batch = self.inner([{name: value for name, value in row.items() if name != ROW} for row in rows])
+        return {**batch, ROW: torch.tensor(numbers)}
+
+
 class Batches:
     """The first training batches, for methods that calibrate: the same on every process, and they can be gone through again.
 
@@ -359,7 +477,8 @@ class Batches:
         if self.kept is None:
             self.kept = list(itertools.islice(trainer.get_train_dataloader(), CALIBRATION_BATCHES))
             self.kept = broadcast_object_list([self.kept])[0]  # each process has a part of its own
-        return (trainer._prepare_inputs(batch) for batch in self.kept)
+        plain = ({name: value for name, value in batch.items() if name != ROW} for batch in self.kept)
+        return (trainer._prepare_inputs(batch) for batch in plain)
 
 
 __all__ = ["Trainer"]
