@@ -848,13 +848,37 @@ def test_leftovers_of_killed_processes_go_after_a_day(tmp_path: Path) -> None:
 def test_check_writable(tmp_path: Path) -> None:
     files.check_writable(tmp_path / "a" / "b", 1000)
     assert os.listdir(tmp_path / "a" / "b") == []
-    with refused("the run needs 1e+06 TB", "left", "Make room"):
+    with refused(str(tmp_path), "the run needs 1100000000016777216 bytes (1.1e+06 TB)", "left", "Make room"):
         files.check_writable(tmp_path, 10**18)
     (tmp_path / "file").write_bytes(b"")
     with refused(str(tmp_path / "file")):
         files.check_writable(tmp_path / "file", 1)
     with refused("no folder"):
         files.check_writable(tmp_path / "file" / "x", 1)
+
+
+def test_check_writable_wants_a_tenth_and_a_margin_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = 1_100_000_000 + files.MARGIN
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: shutil._ntuple_diskusage(0, 0, free))  # type: ignore[attr-defined]
+        if free == needed:
+            files.check_writable(tmp_path, 1_000_000_000)
+    with pytest.raises(FileError, match=f"needs {needed} bytes .1.12 GB., its disk has {needed - 1} bytes") as caught:
+        files.check_writable(tmp_path, 1_000_000_000)
+    assert caught.value.errno == errno.ENOSPC
+    files.check_writable(tmp_path)  # nothing is said about room where nothing is known of it
+
+
+def test_check_target(tmp_path: Path) -> None:
+    files.check_target(tmp_path / "new" / "x.safetensors", 1000)
+    assert os.listdir(tmp_path / "new") == []
+    (tmp_path / "file").write_bytes(b"old")
+    files.check_target(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    with refused(str(tmp_path / "new"), "it is a folder", "Name a file"):
+        files.check_target(tmp_path / "new")
+    with refused(str(tmp_path / "file"), "a file of that name is in the way"):
+        files.check_target(tmp_path / "file" / "x.safetensors")
 
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)

@@ -547,7 +547,7 @@ def tune(
             chosen = type(chosen)(method, (build(method, settings),))
         if not chosen.methods:
             raise ConfigError("--method bare trains nothing; `petiole eval` scores the bare backbone")
-        files.check_writable(output.absolute().parent)
+        files.check_target(output)
         threads_of(threads)
         found = trained(
             chosen,
@@ -580,7 +580,9 @@ def trained(
     """Attach, train, score before and after, save."""
     import torch
 
+    from petiole import files
     from petiole.attach import attach
+    from petiole.cost import count
     from petiole.tune import measured, train
 
     low, high = chosen.learning_rates
@@ -589,6 +591,7 @@ def trained(
     split = "validation" if "validation" in task.data.splits else "test" if "test" in task.data.splits else "train"
     score = {"bare": measured(task.evaluate(backbone, split, batch_size=2 * recipe.batch_size), split)}
     adaptation = attach(backbone, chosen.methods, seed=seed)
+    files.check_target(output, count(backbone).stored_bytes)
     if not silent:
         print(
             task.data,

@@ -44,6 +44,7 @@ Piece: TypeAlias = "bytes | bytearray | memoryview"
 FORMAT = 1  # of the adaptation file; raise it when a reader of today would misread the file
 MANIFEST = "manifest.json"
 KEY = "petiole"  # the one metadata key of the safetensors header
+MARGIN = 16 << 20  # bytes that a disk is to have left over
 LONGEST_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 
 # --- system calls: nothing below this section writes by any other way -------------------------------------------------
@@ -149,6 +150,17 @@ def _faults(path: AnyPath, verb: str, advice: str = "") -> Iterator[None]:
         fault = FileError(f"{_shown(path)} can't be {verb}: {reason}." + ("\n" + advice if advice else ""))
         fault.errno = number
         raise fault from error
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # torch.save gives no errno; its message names what writes
+
+
+def full(error: BaseException) -> bool:
+    """Whether an error, of this module or not, says that a disk took no more."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCH_WRITER)
 
 
 _OLD_FILE_STAYS = "What was there before is unchanged. Make room or choose another folder, then save again."
@@ -276,29 +288,34 @@ def _write_all(fd: int, piece: Piece) -> None:
         view = view[count:]
 
 
-def _sweep(folder: AnyPath) -> None:
-    """Remove the temporary files that killed processes left behind. A day old: no save that still runs is that slow."""
+def sweep(folder: AnyPath, older_than: float = 86_400) -> None:
+    """Remove the temporary files that killed processes left behind.
+
+    Args:
+        older_than: seconds. A day: no save that still runs is that slow. 0 where it is known that no other process writes here.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if fnmatch.fnmatchcase(entry.name, ".petiole-*.tmp") and entry.is_file(follow_symlinks=False):
                 with suppress(OSError):
-                    if entry.stat(follow_symlinks=False).st_mtime < time.time() - 86_400:
+                    if entry.stat(follow_symlinks=False).st_mtime <= time.time() - older_than:
                         _unlink(entry.path)
 
 
-def check_writable(folder: AnyPath, bytes_needed: int = 0) -> None:
+def check_writable(folder: AnyPath, bytes_needed: int = 0, advice: str = "or keep fewer checkpoints") -> None:
     """Find out before a long run whether its results can be written; makes the folder.
 
     Args:
         folder: where the run will write.
-        bytes_needed: what it will write there, all together.
+        bytes_needed: what it will write there, all together; a tenth and 16 MiB are added, since others write too.
+        advice: what else helps where there is too little room.
 
     Raises:
         FileError: the folder can't be made or written, or its disk has less room.
     """
     with _faults(folder, "written", "Choose another folder, or change its permissions."):
         _make_folder(folder)
-        _sweep(folder)
+        sweep(folder)
         probe = os.path.join(folder, f".petiole-{secrets.token_hex(8)}.tmp")
         fd = _open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -311,11 +328,27 @@ def check_writable(folder: AnyPath, bytes_needed: int = 0) -> None:
             with suppress(OSError):
                 _unlink(probe)
         free = shutil.disk_usage(folder).free
-    if free < bytes_needed:
-        raise FileError(
-            f"{_shown(folder)}: the run needs {_size(bytes_needed)}, the disk has {_size(free)} left.\n"
-            "Make room, choose another folder, or keep fewer checkpoints."
+    needed = bytes_needed + bytes_needed // 10 + MARGIN if bytes_needed else 0
+    if free < needed:
+        fault = FileError(
+            f"{_shown(folder)}: the run needs {needed} bytes ({_size(needed)}), its disk has {free} bytes ({_size(free)}) left.\n"
+            f"Make room, choose another folder, {advice}."
         )
+        fault.errno = errno.ENOSPC
+        raise fault
+
+
+def check_target(path: AnyPath, bytes_needed: int = 0) -> None:
+    """`check_writable` for one file: its folder is made and can be written, and no folder lies in the file's place.
+
+    Raises:
+        FileError: it can't be written, or its disk has less room.
+    """
+    with _faults(path, "written", "Name a file that does not exist yet, or one to replace."):
+        target = os.path.realpath(path)
+        if os.path.isdir(target):
+            raise OSError(errno.EISDIR, "folder")
+    check_writable(os.path.dirname(target), bytes_needed, "or train fewer parameters")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -532,7 +565,7 @@ def save_adaptation(path: AnyPath, tensors: Mapping[str, Tensor], header: Mappin
         except FileError as error:
             warnings.warn(f"The copy for people of {_shown(path)} was not written: {error}", stacklevel=4)
 
-    _sweep(os.path.dirname(os.path.realpath(path)))
+    sweep(os.path.dirname(os.path.realpath(path)))
     _commit(path, pieces, before=copy_for_people)
     return digest
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
-import time
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import torch
 
 import small
+from compare import kills
 from petiole import files
 from petiole.compare import bench as benches
 from petiole.compare.bench import Bench, Changed
@@ -28,6 +26,7 @@ from petiole.compare.settings import Settings
 from petiole.compare.watch import Lines
 from petiole.errors import ConfigError, DataError, TrainingError
 from petiole.tasks import Task
+from training import children
 
 METHODS = "lora:rank=2,linear-probe"
 
@@ -40,12 +39,6 @@ def again(here: Path, output: Path, methods: str = METHODS, **changed: Any) -> C
 
 def trials(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in files.read_lines(folder / "trials.jsonl")[0]]
-
-
-def steady(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table without what a clock gave."""
-    timed = {"step_seconds", "forward_seconds", "run_seconds", "total_seconds", "front", "fronts"}
-    return [{name: value for name, value in row.items() if name not in timed} for row in result["rows"]]
 
 
 # --------------------------------------------------------------------------------------------------------------------- fairness
@@ -200,43 +193,37 @@ def test_other_data_and_another_model_are_refused(finished: Comparison, here: Pa
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_table(finished: Comparison, here: Path, tmp_path: Path) -> None:
-    output = tmp_path / "killed"
-    words = [
-        "compare",
-        "--model",
-        here / small.MODEL,
-        "--data",
-        here / small.DATA,
-        "--methods",
-        METHODS,
-        "--output",
-        output,
-    ]
-    words += [part for name, value in small.OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    draw, kills = random.Random(), 0
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for target in sorted(draw.sample(range(1, finished.trials), 2)):
-        process = subprocess.Popen(
-            small.command(*words), env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-        path, start = output / "trials.jsonl", time.monotonic()
-        while process.poll() is None and (not path.exists() or len(path.read_bytes().splitlines()) < target):
-            assert time.monotonic() - start < 200
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.15))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    assert kills, "the process ended before it could be killed"
-    end = small.run(*words)
-    assert end.returncode == 0, end.stderr
-    assert "were there already" in end.stderr
-    rows = trials(output)
-    assert len({r["key"] for r in rows}) == len(rows) == finished.trials, "every trial exactly once"
-    assert {r["key"] for r in rows} == {r["key"] for r in trials(finished.folder)}
-    assert steady(files.read_json(output / "results.json")) == steady(files.read_json(finished.folder / "results.json"))
-    assert not list(output.glob(".petiole-*")), "nothing half-written is left"
+    output, count = tmp_path / "killed", tmp_path / "count"
+    assert kills.run(kills.words(here, tmp_path / "whole"), count=count) == 0
+    calls = int(count.read_text())
+    assert calls > 100
+    draw, before = random.Random(0), 0
+    for _ in range(
+        3
+    ):  # each goes on with what the one before has written, so less than a third is never all that is left
+        assert kills.run(kills.words(here, output), draw.randrange(calls // 10, calls // 3)) == children.KILLED
+        there = len(kills.trials(output))
+        assert before <= there < finished.trials
+        before = there
+    assert before > 0
+    assert kills.run(kills.words(here, output)) == 0
+    assert not kills.lost(output, finished.folder)
+    assert len(trials(output)) == finished.trials
+
+
+@pytest.mark.slow
+def test_killed_while_the_report_is_written_it_writes_it_anew(finished: Comparison, here: Path, tmp_path: Path) -> None:
+    output, count = tmp_path / "report", tmp_path / "count"
+    shutil.copytree(finished.folder, output)
+    for path in [path for path in output.iterdir() if path.suffix in (".md", ".html", ".png")]:
+        path.unlink()
+    (output / "results.json").write_text("{")
+    assert kills.run(kills.words(here, output), count=count) == 0
+    assert not kills.lost(output, finished.folder)
+    for n in random.Random(1).sample(range(12, int(count.read_text())), 2):
+        assert kills.run(kills.words(here, output), n) == children.KILLED
+    assert kills.run(kills.words(here, output)) == 0
+    assert not kills.lost(output, finished.folder) and (output / "report.md").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- faults

@@ -6,7 +6,7 @@ import copy
 import gc
 import hashlib
 import platform
-import re
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from petiole.attach import HEAD, attach, head_names
 from petiole.compare.contenders import Contender, fitting
 from petiole.compare.forgetting import Forgetting
 from petiole.compare.jobs import Facts, Job
-from petiole.compare.results import Trial
+from petiole.compare.results import Trial, file_of
 from petiole.compare.search import Proposal
 from petiole.compare.settings import SEARCH_SEED, Settings, digest, sample
 from petiole.errors import FileError, PetioleError
@@ -33,8 +33,6 @@ from petiole.tune import Course, OnStep, measured, train
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
 
-FOLDER = "adaptations"
-SUFFIX = ".petiole.safetensors"
 TIMED = 10  # steps of the training that times a step
 
 
@@ -101,7 +99,7 @@ class Bench:
         return Facts(
             identity=self.identity,
             unfit=unfit,
-            bytes_needed=self.bytes_needed([row for row in rows if row.label not in unfit]),
+            file_bytes={row.label: self.file_bytes(row) for row in rows if row.trains and row.label not in unfit},
             metric=self.task.main_metric,
             steps=self.steps,
             device=self.device.type,
@@ -116,8 +114,17 @@ class Bench:
             notes=[*self.data.notes, *self.task.notes],
         )
 
-    def bytes_needed(self, rows: Sequence[Contender]) -> int:
-        return 0
+    def file_bytes(self, contender: Contender) -> int:
+        """Bytes of a row's file, counted without any weight; 0 where a method can't be attached without weights."""
+        from petiole.cost import count
+
+        sizes = contender.sizes if self.settings.size_search else ()
+        try:
+            model = self.task.empty_model()
+            attach(model, contender.sized(max(sizes, default=None)))
+        except (PetioleError, RuntimeError):
+            return 0
+        return count(model).stored_bytes
 
     # ---- backbones
 
@@ -256,6 +263,12 @@ class Bench:
         except (Changed, FileError):
             raise
         except Exception as error:  # a method that fails must not end the comparison
+            if files.full(error):  # every trial after this one would fail too
+                place = getattr(error, "filename", None) or tempfile.gettempdir()
+                raise FileError(
+                    f"{place}: the disk is full, so a trial of {contender.label} could not end.\n"
+                    "Make room and give the same command: what is done is kept, and that trial is run again."
+                ) from error
             status, reason = "failed", reason_of(error, self.recipe.batch_size)
             found = {} if isinstance(error, PetioleError) else {"traceback": traceback.format_exc()[-4000:]}
         finally:
@@ -293,7 +306,7 @@ class Bench:
 
     def keep(self, adaptation: Adaptation, contender: Contender, number: int) -> tuple[int, str]:
         """Write the adaptation of the first run, for `petiole eval` and for use; the others have the same size."""
-        name = f"{FOLDER}/{file_name(contender.label)}{SUFFIX}"
+        name = file_of(contender.label)
         path = self.folder / name
         if number > 0:
             return path.stat().st_size if path.exists() else 0, ""
@@ -305,12 +318,6 @@ class Bench:
 def trained(course: Course) -> dict[str, Any]:
     """What a trial records of its training."""
     return {name: getattr(course, name) for name in ("steps", "seconds", "step_seconds", "share", "losses")}
-
-
-def file_name(label: str) -> str:
-    """A label as a file's name: what is unusual there is replaced, and a digest keeps two apart."""
-    plain = re.sub(r"[^A-Za-z0-9_+=-]+", "-", label).strip("-")[:80]
-    return plain if plain == label else f"{plain}-{digest(label)[:6]}"
 
 
 def reason_of(error: BaseException, batch_size: int) -> str:
@@ -328,4 +335,4 @@ def reason_of(error: BaseException, batch_size: int) -> str:
     return f"{type(error).__name__}: {text[:300]}{where}"
 
 
-__all__ = ["FOLDER", "HEAD", "Bench", "Changed", "file_name", "reason_of"]
+__all__ = ["HEAD", "Bench", "Changed", "reason_of"]

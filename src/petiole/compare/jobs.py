@@ -71,14 +71,14 @@ class Facts:
     Attributes:
         identity: what every trial depends on.
         unfit: label of a row -> why it can't be attached to this backbone.
-        bytes_needed: of the files that all rows leave behind, at most.
+        file_bytes: label of a row -> bytes of the file that it leaves behind, at most.
         metric: that rows are ranked by. steps: of each training. device: "cpu" or "cuda".
         about, notes: model, data and what was decided about them, in words.
     """
 
     identity: dict[str, Any]
     unfit: dict[str, str]
-    bytes_needed: int
+    file_bytes: dict[str, int]
     metric: str
     steps: int
     device: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from petiole import files
+from petiole.compare.settings import digest
 from petiole.errors import ConfigError, FileError
 
 FORMAT = 1
-SETTINGS, TRIALS = "settings.json", "trials.jsonl"
+SETTINGS, TRIALS, ADAPTATIONS = "settings.json", "trials.jsonl", "adaptations"
 Kind = Literal["tune", "cost", "run"]
 
 
@@ -79,6 +81,13 @@ class Trial:
     def score(self, split: str, metric: str) -> float | None:
         """One figure, None if it isn't there."""
         return self.scores.get(split, {}).get(metric)
+
+
+def file_of(label: str) -> str:
+    """Where a row's adaptation lies in the folder: what is unusual in its label is replaced, and a digest keeps two apart."""
+    plain = re.sub(r"[^A-Za-z0-9_+=-]+", "-", label).strip("-")[:80]
+    name = plain if plain == label else f"{plain}-{digest(label)[:6]}"
+    return f"{ADAPTATIONS}/{name}.petiole.safetensors"
 
 
 def key_of(identity: Mapping[str, Any], **about: Any) -> str:

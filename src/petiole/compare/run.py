@@ -17,7 +17,7 @@ from typing import Any, Literal
 from petiole import files
 from petiole.compare.contenders import BARE, BASELINES, Contender, contenders
 from petiole.compare.jobs import Engine, Facts, Job
-from petiole.compare.results import Results, Trial, alone, settle
+from petiole.compare.results import ADAPTATIONS, Results, Trial, alone, file_of, settle
 from petiole.compare.search import FIRST, Proposal, Search, best
 from petiole.compare.settings import SEARCH_SEED, Settings
 from petiole.compare.table import Row, axes, ranked, spread
@@ -25,6 +25,7 @@ from petiole.compare.watch import Watch
 from petiole.errors import ConfigError
 from petiole.method import Method
 
+TRIAL, REPORT = 16 << 10, 8 << 20  # bytes, at most: of a row of trials.jsonl, and of report and pictures
 ALONE = 0.8  # a training that has a core for itself gets at least this share of it
 
 
@@ -120,15 +121,18 @@ def compare(
     try:
         try:
             facts = runner.open(settings, folder, rows)
-            files.check_writable(folder, facts.bytes_needed)
+            check_room(folder, facts, settings, rows)
         except BaseException:
             if new:
-                with suppress(OSError):
-                    folder.rmdir()
+                for empty in (folder / ADAPTATIONS, folder):
+                    with suppress(OSError):
+                        empty.rmdir()
             raise
         command = command or settings.command(str(output), runner.words())
         with alone(folder):
             settle(folder, facts.identity, settings.asked, command)
+            for place in (folder, folder / ADAPTATIONS):  # nobody else writes here
+                files.sweep(place, older_than=0)
             try:
                 made = Round(settings, facts, rows, Results(folder, retry), watch).go(runner)
             finally:
@@ -140,6 +144,18 @@ def compare(
     finally:
         runner.close()
     return result
+
+
+def check_room(folder: Path, facts: Facts, settings: Settings, rows: Sequence[Contender]) -> None:
+    """See to it that the folder will take what the whole run writes: a file for each row, trials, report.
+
+    Raises:
+        FileError: it will not; names the folder and the bytes.
+    """
+    missing = [size for label, size in facts.file_bytes.items() if not (folder / file_of(label)).is_file()]
+    trials = len(rows) * (settings.trials + settings.seeds + 1)
+    files.check_writable(folder, sum(missing) + trials * TRIAL + REPORT, "or compare fewer methods")
+    files.check_writable(folder / ADAPTATIONS)
 
 
 def engine_of(engine: str | Engine) -> Engine:

@@ -29,7 +29,7 @@ from petiole.errors import FileError, TrainingError
 from petiole.proof import default_loss, untouched
 from petiole.recompute import Choice, fit, recomputed
 from petiole.store import refill, save
-from petiole.training import groups, processes
+from petiole.training import groups, processes, room
 from petiole.training.callback import PetioleCallback, inner
 from petiole.training.diagnosis import empty, where
 from petiole.training.events import Events, check_state, only_acting
@@ -69,6 +69,13 @@ class Trainer(HFTrainer):
         memory: int | str | None = None,
         **kwargs: Any,
     ) -> None:
+        given: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if (
+            given is not None
+            and given.should_save
+            and (given.save_strategy != "no" or not os.path.isdir(given.output_dir))
+        ):
+            files.check_writable(given.output_dir)  # the HF Trainer makes the folder now, and says less if it can't
         super().__init__(*args, **kwargs)
         need_host(inner(self.model))
         self.cache_size = None if cache is None else bytes_of(cache, "cache")
@@ -154,8 +161,7 @@ class Trainer(HFTrainer):
         self.petiole.epochs = self.resumed.get("epochs")
         self.petiole.batches = Batches(self)
         if self.args.save_strategy != "no" and self.is_world_process_zero():
-            stored = sum(p.numel() * (p.element_size() + 8) for a in self.adaptations.values() for p in a.parameters())
-            files.check_writable(self.args.output_dir, 2 * stored)  # before the run, not at its first checkpoint
+            files.check_writable(self.args.output_dir, self.bytes_needed(folder))  # now, not at the first checkpoint
         with ExitStack() as around:
             if self.model_init is None:
                 around.enter_context(only_acting(inner(self.model)))
@@ -220,6 +226,15 @@ class Trainer(HFTrainer):
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         collator = super()._get_collator_with_removed_columns(data_collator, description=description)
         return Numbers(collator) if self.numbers else collator
+
+    def bytes_needed(self, resumed: Path | None) -> int:
+        """What the checkpoints of this run will take, beside those that are there."""
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        start = step_of(resumed) if resumed is not None else 0
+        steps, there = room.total_steps(self.args, rows), len(list(Path(self.args.output_dir).glob("checkpoint-*")))
+        return room.checkpoint_bytes(self.adaptations.values()) * room.checkpoints(
+            self.args, steps, max(start, 0), there
+        )
 
     def checkpoint(self, wanted: str | os.PathLike[str] | bool | None) -> Path | None:
         """The folder to resume from; None to begin anew."""
@@ -352,7 +367,11 @@ class Trainer(HFTrainer):
             processor.save_pretrained(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The HF Trainer's, between a folder emptied first and a manifest written last; older checkpoints go only after that."""
+        """The HF Trainer's, between a folder emptied first and a manifest written last; older checkpoints go only after that.
+
+        Raises:
+            FileError: the disk is full. What was half-written is removed; older checkpoints are as they were.
+        """
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.is_dir():
@@ -362,13 +381,27 @@ class Trainer(HFTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                files.write_json(folder / EVENTS, self.events.state_dict())
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                files.write_manifest(folder)
+        except (OSError, RuntimeError) as error:
+            if not files.full(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)  # it is not whole, and its bytes are wanted
+            older = files.newest_whole(run)[0]
+            raise FileError(
+                f"{folder} can't be written: the disk is full.\n"
+                + (
+                    f"{older} is whole: make room, and train(resume_from_checkpoint=True) goes on from it."
+                    if older
+                    else "Make room, or choose another output_dir."
+                )
+            ) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            files.write_json(folder / EVENTS, self.events.state_dict())
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            files.write_manifest(folder)
             rotate(run, limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
