@@ -321,8 +321,8 @@ def test_what_can_not_be_lengthened_is_refused() -> None:
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
     with pytest.raises(AttachError, match="4-D mask"):
         output(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
-    with pytest.raises(AttachError, match="every row of a batch needs them"), pt.route(model, ["default", None]):
-        output(model, batch)
+    with pytest.raises(AttachError, match="4-D mask"), pt.route(model, ["default", None]):
+        output(model, {"input_ids": batch["input_ids"], "attention_mask": mask})
     with pytest.raises(AttachError, match=r"a bias for each pair of patches|one width"):
         pt.attach(toys.model("swin"), prompt(3))
     with pytest.raises(AttachError, match="layers begins at 1, not 0"):

@@ -35,7 +35,6 @@ class PromptTuning(Method):
     saves: ClassVar[str] = "nearly all parameters; costs length at inference"
     size: ClassVar[str] = "length"
     exempt: ClassVar[Mapping[str, str]] = {"vit": "an image has no token embeddings"}
-    routes: ClassVar[bool] = False
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
 
     length: int = Field(20, ge=1, description="Number of learned tokens.")
@@ -85,7 +84,6 @@ class VisualPromptTuning(Method):
     paper: ClassVar[str] = "2203.12119"
     saves: ClassVar[str] = "nearly all parameters; costs length at inference"
     size: ClassVar[str] = "length"
-    routes: ClassVar[bool] = False
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
 
     length: int = Field(10, ge=1, description="Number of learned tokens (per block, if deep).")
