@@ -1160,3 +1160,8 @@ def test_what_is_shared_lies_where_the_model_does() -> None:
     model = tiny.model("bert").to("meta")
     tuned = pt.attach(model, pt.PrefixTuning(length=2, reparametrisation="mlp"))
     assert {parameter.device.type for parameter in tuned.shared[0].parameters()} == {"meta"}
+
+
+def test_a_method_that_finds_no_place_is_refused_though_the_head_would_train() -> None:
+    with pytest.raises(AttachError, match=r"finds no place on BertForSequenceClassification, which has .*block"):
+        pt.attach(tiny.model("bert"), toys.method(lambda anatomy: []))

@@ -34,13 +34,18 @@ from petiole.method import (
 Places = Callable[[Anatomy], Iterable[Place]]
 
 
-def method(places: Places = lambda anatomy: (), **parts: Any) -> Method:
+def method(places: Places | None = None, **parts: Any) -> Method:
     """A method without a name that puts what `places` says; `parts` are its class variables and the methods that it overrides."""
 
     class Toy(Method):
-        def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-            yield from places(anatomy)
+        pass
 
+    def deltas(self: Method, anatomy: Anatomy) -> Iterator[Place]:
+        assert places is not None
+        yield from places(anatomy)
+
+    if places is not None:
+        parts = {"deltas": deltas, **parts}
     for name, value in parts.items():
         setattr(Toy, name, value)
     return Toy()

@@ -106,7 +106,12 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
                 module = beneath(model.get_submodule(place.site.path))
                 ready(place.delta, Base(place.site, module), site_seed(seed, key), device_of(module, model))
             method.bind({key.partition(".")[2]: place.delta for key, place in mine.items()}, shared)
-            made.trained += [name for name in method.trains(found, model) if name not in made.trained]
+            trained = list(method.trains(found, model))
+            if not places and not trained and type(method).deltas is not Method.deltas:
+                raise AttachError(
+                    f"{method.slug or type(method).__name__} finds no place on {found.model_class}, which has {', '.join(found.roles)}"
+                )
+            made.trained += [name for name in trained if name not in made.trained]
         heads = found.heads()
         if train_head and not heads:
             raise AttachError(

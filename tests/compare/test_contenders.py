@@ -56,6 +56,12 @@ def test_a_label_reads_back_as_the_same_method() -> None:
         assert parse(made.label).methods == (method,) and made.label == spelt(method)
 
 
+def test_a_size_that_is_no_single_number_is_left_alone() -> None:
+    found = parse("svfit")  # its rank follows from the weights
+    assert found.size is None and found.sizes == () and found.sized(None) == found.methods
+    assert found.config()[0]["config"]["rank"] is None
+
+
 def test_sizes_are_powers_of_two_around_the_size_given() -> None:
     row = parse("lora:rank=8")
     assert row.size == 8 and row.sizes == (2, 4, 8, 16, 32)

@@ -73,8 +73,12 @@ class Contender:
 
     @property
     def size(self) -> int | None:
-        """Value of the main size of the first method that has one: rank, bottleneck, length."""
-        return next((int(getattr(method, method.size)) for method in self.methods if method.size), None)
+        """Value of the main size of the first method that has one: rank, bottleneck, length.
+
+        None also where it is no single number: one for each block, or found from the weights.
+        """
+        value = next((getattr(method, method.size) for method in self.methods if method.size), None)
+        return value if isinstance(value, int) else None
 
     @property
     def sizes(self) -> tuple[int, ...]:
