@@ -5,12 +5,14 @@ The floor is a forward and the gradient to the inputs only. Everything runs in o
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import common
 import peft
+import torch
 from torch import nn
 
 import petiole as pt
@@ -28,9 +30,13 @@ def paths_of(model: nn.Module, roles: list[str]) -> list[str]:
     return [site.path for site in pt.anatomy(model).sites(roles)]
 
 
-def step(model: nn.Module, batch: dict[str, Any]) -> Callable[[], None]:
+def step(model: nn.Module, batch: dict[str, Any], mixed: bool, compiled: bool) -> Callable[[], None]:
+    forward = torch.compile(model) if compiled else model
+
     def run() -> None:
-        model(**batch).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = forward(**batch).loss
+        loss.backward()
         model.zero_grad(set_to_none=True)
 
     return run
@@ -75,9 +81,13 @@ def candidates(
 
 
 def main() -> None:
-    found = common.options(__doc__ or "", repeats=15)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--bf16", action="store_true", help="under autocast")
+    parser.add_argument("--compile", action="store_true", help="without gradient checkpointing")
+    found = common.options(__doc__ or "", repeats=15, parents=[parser])
     figures: dict[str, Any] = {"over_floor": {}, "over_peft": {}, "saved_over_full": {}, "q_v": {}}
-    print(f"{found.threads} thread(s); {common.versions('peft')}")
+    how = f"{'bf16 autocast' if found.bf16 else 'float32'}, {'compiled' if found.compile else 'eager'}"
+    print(f"{found.threads} thread(s), {how}; {common.versions('peft')}")
     print(f"{'backbone':9}{'roles':6}{'candidate':24}{'time / floor':>22}{'time / peft':>13}{'saved / full':>14}")
     for backbone, make in common.BACKBONES.items():
         if found.only and backbone not in found.only.split(","):
@@ -85,8 +95,12 @@ def main() -> None:
         for roles, asked in ROLES.items():
             for seed in range(found.seeds):
                 models = candidates(make, asked, seed)
-                saved = {name: saved_bytes(model, batch) for name, (model, batch) in models.items()}
-                times = common.interleaved({name: step(*pair) for name, pair in models.items()}, found.repeats)
+                if found.compile:
+                    models = {name: pair for name, pair in models.items() if "checkpointing" not in name}
+                mixed = torch.bfloat16 if found.bf16 else None
+                saved = {name: saved_bytes(model, batch, autocast=mixed) for name, (model, batch) in models.items()}
+                steps = {name: step(*pair, found.bf16, found.compile) for name, pair in models.items()}
+                times = common.interleaved(steps, found.repeats)
                 rows = {}
                 for name in models:
                     middle, low, high = common.ratio(times, name, "floor")
@@ -109,6 +123,7 @@ def main() -> None:
                     figures["q_v"][f"{backbone}/{seed}"] = rows
     figures |= {
         "threads": found.threads,
+        "how": how,
         "seeds": found.seeds,
         "repeats": found.repeats,
         "versions": common.versions("peft"),

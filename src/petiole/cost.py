@@ -335,14 +335,17 @@ def step_flops(model: nn.Module, batch: Any, *, loss: Loss | None = None) -> int
 # ------------------------------------------------------------------------------------------------------ memory and time
 
 
-def saved_bytes(model: nn.Module, batch: Any) -> int:
+def saved_bytes(model: nn.Module, batch: Any, *, autocast: torch.dtype | None = None) -> int:
     """Bytes that autograd keeps from a forward pass in train mode until backward; the model is left as it was.
 
     Each storage counts once; parameters and buffers do not count, since they are there anyway. The batch counts where
     it is kept. Not seen: what a custom autograd function puts on its `ctx` by hand, and what the model packs with hooks
     of its own (offloading, quantised activations); `peak_bytes` sees both.
+
+    Args:
+        autocast: type for mixed precision, off if None.
     """
-    with _bench(model, batch) as bench:
+    with _bench(model, batch, autocast=autocast) as bench:
         return bench.saved_bytes()
 
 
