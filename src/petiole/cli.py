@@ -606,12 +606,36 @@ def trained(
             on_start=lambda line: print(line, file=sys.stderr), **savings,  # type: ignore[arg-type]
         )  # fmt: skip
     score[chosen.label] = measured(task.evaluate(backbone, split, batch_size=2 * recipe.batch_size), split)
-    adaptation.save(output)
+    saved(adaptation, output)
     return {
         "method": chosen.config(), "learning_rate": rate, "seed": seed, "steps": course.steps, "seconds": course.seconds, "split": split,
         "losses": course.losses, "metric": task.main_metric, "percent": percent(task), "scores": score, "trainable_parameters": adaptation.trainable,
         "file": str(output), "file_bytes": output.stat().st_size,
     }  # fmt: skip
+
+
+def saved(adaptation: Any, output: Path) -> None:
+    """Save what was learnt; where the disk refuses, among the temporary files, so that it is not lost.
+
+    Raises:
+        FileError: the disk refuses; says where it is instead.
+    """
+    import tempfile
+    from contextlib import suppress
+
+    from petiole.errors import FileError
+
+    try:
+        adaptation.save(output)
+    except FileError as error:
+        rescued = None
+        with suppress(OSError):  # a FileError is one
+            place = Path(tempfile.mkdtemp(prefix="petiole-")) / output.name
+            adaptation.save(place)
+            rescued = place
+        if rescued is None:
+            raise
+        raise FileError(f"{str(error).splitlines()[0]}\nWhat was learnt is in {rescued}.") from error
 
 
 def percent(task: Any) -> bool:

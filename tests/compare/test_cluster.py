@@ -39,7 +39,7 @@ def script(text: str, *words: str | Path, **options: Any) -> subprocess.Complete
     file = Path(options.pop("folder")) / "program.py"
     file.write_text(text)
     return subprocess.run(
-        [sys.executable, str(file), *map(str, words)], capture_output=True, text=True, timeout=280, env=env, **options
+        [sys.executable, str(file), *map(str, words)], capture_output=True, text=True, timeout=400, env=env, **options
     )
 
 
@@ -84,6 +84,7 @@ if __name__ == "__main__":
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a cluster and its workers start several processes, which takes long on a busy machine
 def test_killed_and_resumed_it_ends_with_the_trials_and_the_table_of_the_local_engine(
     local: Comparison, here: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +168,7 @@ def main():
     from ray.cluster_utils import Cluster
 
     quick = {f"health_check_{name}": value for name, value in
-             {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 2}.items()}
+             {"initial_delay_ms": 0, "period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}.items()}
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     second = [cluster.add_node(num_cpus=1)]
@@ -194,6 +195,7 @@ if __name__ == "__main__":
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a cluster and its workers start several processes, which takes long on a busy machine
 def test_a_lost_node_and_a_dead_worker_are_failed_trials_and_the_rest_go_on(here: Path, tmp_path: Path) -> None:
     done = script(NODES, here / small.MODEL, here / small.DATA, tmp_path / "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -231,6 +233,7 @@ if __name__ == "__main__":
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a cluster and its workers start several processes, which takes long on a busy machine
 def test_what_no_node_has_and_what_a_worker_refuses_is_said(here: Path, tmp_path: Path) -> None:
     done = script(REFUSED, here / small.MODEL, here / small.DATA, tmp_path / "run", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -172,3 +172,40 @@ def test_tune_looks_before_it_trains(here: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
     assert "its disk has 1000 bytes" in called(tmp_path / "new.petiole.safetensors")
     assert not (tmp_path / "new.petiole.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_what_tune_learnt_is_kept_where_its_disk_has_filled_up(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+    import tempfile
+
+    from typer.testing import CliRunner
+
+    from petiole import tune
+    from petiole.cli import app
+
+    own, own_train, full = files._open, tune.train, False
+    output, elsewhere = tmp_path / "disk" / "x.petiole.safetensors", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+
+    def filled(path: Any, flags: int, mode: int = 0o666) -> int:
+        if full and flags & os.O_CREAT and str(path).startswith(str(output.parent)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return own(path, flags, mode)
+
+    def train(*args: Any, **kwargs: Any) -> Any:
+        nonlocal full
+        course = own_train(*args, **kwargs)
+        full = True
+        return course
+
+    monkeypatch.setattr(files, "_open", filled)
+    monkeypatch.setattr(tune, "train", train)
+    words = ["tune", "--model", here / small.MODEL, "--data", here / small.DATA, "--method", "lora", "--steps", "2"]
+    done = CliRunner().invoke(app, [str(word) for word in [*words, "--output", output]])
+    assert done.exit_code == 2 and f"{output} can't be written: the disk is full" in done.stderr
+    kept = re.search(r"What was learnt is in (.+)\.", done.stderr)
+    assert kept is not None and files.load_adaptation(kept[1])[0]

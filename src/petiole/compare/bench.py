@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from petiole import files
 from petiole.anatomy import anatomy
-from petiole.attach import HEAD, attach, head_names
+from petiole.attach import HEAD, attach, head_names, plan
 from petiole.compare.contenders import Contender, fitting
 from petiole.compare.forgetting import Forgetting
 from petiole.compare.jobs import Facts, Job
@@ -115,16 +115,19 @@ class Bench:
         )
 
     def file_bytes(self, contender: Contender) -> int:
-        """Bytes of a row's file, counted without any weight; 0 where a method can't be attached without weights."""
-        from petiole.cost import count
-
+        """Bytes of a row's file, counted without any weight and without an event of its methods; 0 where that can't be done."""
         sizes = contender.sizes if self.settings.size_search else ()
         try:
             model = self.task.empty_model()
-            attach(model, contender.sized(max(sizes, default=None)))
+            made = plan(model, contender.sized(max(sizes, default=None)), anatomy(model), SEARCH_SEED, None)
         except (PetioleError, RuntimeError):
             return 0
-        return count(model).stored_bytes
+        added = [place.delta for _, place in made.places] + list(made.shared.values())
+        own = model.state_dict()
+        tensors = [t for module in added for t in (*module.parameters(), *module.buffers())]
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values()) + sum(
+            own[name].numel() * own[name].element_size() for name in made.trained if name in own
+        )
 
     # ---- backbones
 
