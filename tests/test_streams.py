@@ -67,8 +67,9 @@ def test_each_stream_is_what_the_module_makes_of_it() -> None:
             torch.testing.assert_close(mine, theirs)
         found = pt.streams(model)
     assert list(found) == ["scaled"]
-    for one, two in zip(found["scaled"], wanted, strict=True):
-        torch.testing.assert_close(one, two)
+    for depth, state in found["scaled"].items():
+        torch.testing.assert_close(state, wanted[depth])
+    assert list(found["scaled"]) == [0, 1]
     assert pt.streams(model) == {}  # handed over
 
 
@@ -90,7 +91,7 @@ def test_threads_keep_their_own() -> None:
         with torch.no_grad():
             for _ in range(5):
                 model(**batches[seed])
-                found[seed] = pt.streams(model)["scaled"][0]
+                found[seed] = pt.streams(model)["scaled"][1]
 
     threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -100,7 +101,7 @@ def test_threads_keep_their_own() -> None:
     for seed in range(4):
         with torch.no_grad():
             model(**batches[seed])
-        assert torch.equal(found[seed], pt.streams(model)["scaled"][0])
+        assert torch.equal(found[seed], pt.streams(model)["scaled"][1])
 
 
 def test_a_copy_is_made_while_streams_wait() -> None:
@@ -120,7 +121,7 @@ def test_checkpointing_keeps_their_gradients(reentrant: bool) -> None:
         model.train()
         output = model(**batch)
         own = pt.streams(model)["scaled"]
-        (output.loss + sum(state.square().mean() for state in own)).backward()
+        (output.loss + sum(state.square().mean() for state in own.values())).backward()
         found.append([p.grad.clone() for p in tuned.parameters()])
         assert pt.streams(model) == {} and not tuned.host.holding()
     assert all(bool(g.abs().max() > 0) for g in found[0])
@@ -146,7 +147,7 @@ def test_other_changes_at_the_module_are_inside(first: bool) -> None:
         wanted = [affine.composed(bare.vit.layers[1](part)) for part in (h, 1.5 * h)]
         shared = states(model, batch)[-1]
     torch.testing.assert_close(shared, wanted[0])
-    torch.testing.assert_close(pt.streams(model)["scaled"][0], wanted[1])
+    torch.testing.assert_close(pt.streams(model)["scaled"][1], wanted[1])
 
 
 def test_compiled_code_publishes_too() -> None:
@@ -156,8 +157,8 @@ def test_compiled_code_publishes_too() -> None:
         model(**batch)
         wanted = pt.streams(model)["scaled"]
         torch.compile(model, backend="eager", fullgraph=True)(**batch)
-    for one, other in zip(pt.streams(model)["scaled"], wanted, strict=True):
-        torch.testing.assert_close(one, other)
+    for depth, state in pt.streams(model)["scaled"].items():
+        torch.testing.assert_close(state, wanted[depth])
     torch._dynamo.reset()
 
 

@@ -178,7 +178,11 @@ class Adaptation:
     # ---- merging
 
     def merge(
-        self, *, onto: Literal["weights", "dequantised"] = "weights", check: Mapping[str, Any] | None = None
+        self,
+        *,
+        onto: Literal["weights", "dequantised"] = "weights",
+        check: Mapping[str, Any] | None = None,
+        partly: bool = False,
     ) -> float | None:
         """Fold the change into the backbone's own weights, IN PLACE: inference then costs what the bare backbone costs.
 
@@ -187,13 +191,14 @@ class Adaptation:
         Args:
             onto: "dequantised" allows merging into quantised weights by replacing them; never done unasked.
             check: a batch; the largest change of the first output through merging is returned.
+            partly: fold what can be folded; what can't stays attached and acts.
 
         Raises:
             AttachError: something in the adaptation does not merge; nothing has been changed.
         """
         from petiole.merge import merge
 
-        return merge(self, onto=onto, check=check)
+        return merge(self, onto=onto, check=check, partly=partly)
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
@@ -267,9 +272,12 @@ def once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         whole: Any = tensor  # a sharded one has no address: that of its part stands for it
-        address = whole.to_local().untyped_storage()._cdata if hasattr(tensor, "to_local") else tensor.data_ptr()
+        if hasattr(tensor, "to_local"):
+            address = whole.to_local().untyped_storage()._cdata
+        else:  # nor have values that are not there
+            address = tensor.untyped_storage()._cdata if tensor.device.type == "meta" else tensor.data_ptr()
         place = (address, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if tensor.device.type == "meta" or not tensor.numel() or place not in seen:
+        if not tensor.numel() or place not in seen:
             found[name] = tensor
         seen.add(place)
     return found

@@ -1007,16 +1007,16 @@ def given(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-def streams(model: nn.Module) -> dict[str, list[Tensor]]:
-    """What ran beside the model's own hidden state in this thread's last forward pass, by name: states (B, ...) in the order of depth.
+def streams(model: nn.Module) -> dict[str, dict[int, Tensor]]:
+    """What ran beside the model's own hidden state in this thread's last forward pass: name -> place (a depth) -> state (B, ...).
 
     They are handed over: a second call gives none. Inside the forward pass, a head that reads them finds those so far.
     """
     host = host_of(model)
-    found: dict[str, list[Tensor]] = {}
-    for _, at_one_place in sorted(host.streams.take().items()) if host is not None else ():
-        for name, state in at_one_place.items():
-            found.setdefault(name, []).append(state)
+    found: dict[str, dict[int, Tensor]] = {}
+    for place, states in sorted(host.streams.take().items()) if host is not None else ():
+        for name, state in states.items():
+            found.setdefault(name, {})[place] = state
     return found
 
 

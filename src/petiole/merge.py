@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petiole.errors import AttachError
 from petiole.junction import HiddenSlot, Slot, of_output
-from petiole.method import composed, plain, raw, view, view_bias, wide
+from petiole.method import Method, composed, plain, raw, view, view_bias, wide
 
 if TYPE_CHECKING:
     from petiole.adaptation import Adaptation
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 _WEIGHTS = ("linear", "conv", "embedding", "parameter")
 
 
-def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, Any] | None = None) -> float | None:
+def merge(
+    adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, Any] | None = None, partly: bool = False
+) -> float | None:
     """See `Adaptation.merge`. All new values are computed before the first is written."""
     from petiole.attach import HEAD, forget_compiled
 
     host = adaptation.host
     if adaptation.merged:
         raise AttachError(f"{adaptation.name!r} is merged already; unmerge it first")
-    stuck = [method.slug for method in adaptation.methods if not method.merges]
-    if stuck:
-        raise AttachError(
-            f"{', '.join(stuck)} can't be merged: what it computes is not a change of a weight; keep it attached instead"
-        )
+    left = staying(adaptation)
+    if not partly:
+        refuse_left(adaptation, left)
+    going = [slot for slot in adaptation.slots if slot not in left]
+    if left and not going:
+        raise AttachError(f"{adaptation.name!r} has nothing that can be merged: {next(iter(left.values()))}")
     before = first_output(adaptation, check)
     new: dict[tuple[str, str], Tensor] = {}
-    for slot in adaptation.slots:
+    for slot in going:
         if slot.number == HEAD:
             module = host.module(slot.site.path)
             new |= {
@@ -47,7 +50,7 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
             or slot.place.read is not None
         ):
             raise AttachError(f"{slot.site.key}: {type(slot.delta).__name__} can't be merged")
-    for slot in in_order(adaptation):
+    for slot in in_order(going):
         fold(adaptation, slot, new, onto)
     for other in host.adaptations.values():
         shared = {join(*key) for key in new} & set(other.own)
@@ -62,7 +65,7 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
                 own.copy_(value.to(own.dtype))
             else:
                 setattr(module, name, nn.Parameter(value.to(plain(own).dtype), requires_grad=False))
-    for slot in adaptation.slots:
+    for slot in going:
         slot.merged = True
     adaptation.merged = True
     host.merges.append((adaptation, set(new)))
@@ -71,14 +74,41 @@ def merge(adaptation: Adaptation, *, onto: str = "weights", check: Mapping[str, 
     return None if before is None or after is None else float((after - before).abs().max())
 
 
-def in_order(adaptation: Adaptation) -> list[Slot]:
+def staying(adaptation: Adaptation) -> dict[Slot, str]:
+    """The slots that can't be folded into weights, and why."""
+    found: dict[Slot, str] = {}
+    for number, method in enumerate(adaptation.methods):
+        mine = {slot.key.partition(".")[2]: slot for slot in adaptation.slots if slot.number == number}
+        why = method.stays({key: slot.delta for key, slot in mine.items()})
+        found |= {mine[key]: reason for key, reason in why.items()}
+    return found
+
+
+def refuse_left(adaptation: Adaptation, left: Mapping[Slot, str]) -> None:
+    """Say what can't be merged: a method as a whole, or some of its layers."""
+    whole = [method.slug for method in adaptation.methods if not method.merges and type(method).stays is Method.stays]
+    if whole:
+        raise AttachError(
+            f"{', '.join(whole)} can't be merged: what it computes is not a change of a weight; keep it attached instead"
+        )
+    if left:
+        held = [slot for slot in left if any(True for _ in slot.delta.parameters())] or list(left)
+        names = list(dict.fromkeys(slot.site.key for slot in held))
+        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise AttachError(
+            f"{adaptation.methods[next(iter(left)).number].slug} can't be merged as a whole: {next(iter(left.values()))} "
+            f"at {some}\nmerge(partly=True) folds the rest, and keeps these attached"
+        )
+
+
+def in_order(changes: Sequence[Slot]) -> list[Slot]:
     """The slots that change weights, so ordered that each finds the weight that it saw in the forward pass.
 
     What acts at a linear's input acts before the weight and everything added to it, the last of them first: W M₂ M₁ x.
     """
     from petiole.attach import HEAD
 
-    slots = [slot for slot in adaptation.slots if slot.number != HEAD]
+    slots = [slot for slot in changes if slot.number != HEAD]
     before = [slot for slot in slots if isinstance(slot, HiddenSlot) and slot.site.side == "input"]
     return [slot for slot in slots if slot not in before] + before[::-1]
 

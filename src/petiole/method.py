@@ -552,6 +552,10 @@ class Method(BaseModel):
         """Names of the backbone's own parameters that train in place."""
         return ()
 
+    def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
+        """Deltas that can't be folded into weights: key -> why. None where the method merges, all of them where it does not."""
+        return {} if self.merges else dict.fromkeys(deltas, "what it computes is not a change of a weight")
+
     def folded(self) -> Method:
         """The configuration under which `folded_state` loads: this one, unless a training-only device was folded away."""
         return self

@@ -76,7 +76,7 @@ def collect(adaptation: Adaptation, reader: Reader, rank: int | None, max_error:
     """
     sites = whole_sites(adaptation.host.anatomy)
     groups: dict[str, list[Slot]] = {}
-    for slot in in_order(adaptation):
+    for slot in in_order(adaptation.slots):
         if slot.site.kind == "parameter":
             raise AttachError(
                 f"{slot.site.key}: {slot.site.parameter} of {slot.site.path} is read past its module, where no LoRA could sit\n"

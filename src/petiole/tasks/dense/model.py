@@ -133,8 +133,11 @@ class DenseModel(nn.Module):
         own = {task: TARGETS[task].channels for task in self.tasks} | dict(channels or {})
         self.loss_weights = {task: TARGETS[task].weight for task in self.tasks} | dict(loss_weights or {})
         sizes = stage_widths(config)
-        self.depths: tuple[int, ...] = ()
-        if not sizes:
+        self.flat = not sizes
+        self.depths = tuple(
+            sum(config.depths[: i + 1]) - 1 for i in range(len(sizes))
+        )  # of the blocks whose outputs are read
+        if self.flat:
             count = config.num_hidden_layers
             self.depths = tuple(d % count for d in (depths or range(-min(4, count), 0)))
             sizes = [config.hidden_size] * len(self.depths)
@@ -178,24 +181,27 @@ class DenseModel(nn.Module):
     def maps(self, pixel_values: Tensor, tasks: Sequence[str], **options: Any) -> dict[str, list[Tensor]]:
         """What each task's decoder reads: its own stream where there is one, the backbone's states elsewhere."""
         found = self.backbone(pixel_values=pixel_values, output_hidden_states=True, **options)
-        if not self.depths:
+        if not self.flat:
             shared = list(found.reshaped_hidden_states[1:])
         else:
             shared = [self.unrolled(found.hidden_states[depth + 1], pixel_values) for depth in self.depths]
         own = streams(self if host_of(self) is not None else self.backbone)
         return {task: self.own_maps(own[task], shared, pixel_values) if task in own else shared for task in tasks}
 
-    def own_maps(self, states: Sequence[Tensor], shared: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
-        """A task's stream, from the last scale backwards; earlier scales that it lacks are the backbone's."""
-        if len(states) > len(shared):
+    def own_maps(self, states: Mapping[int, Tensor], shared: Sequence[Tensor], pixel_values: Tensor) -> list[Tensor]:
+        """A task's stream where it has a state at the depth that a decoder reads; the backbone's own states elsewhere."""
+        if unread := sorted(set(states) - set(self.depths)):
             raise AttachError(
-                f"a stream has states at {len(states)} places, but the decoders read {len(shared)}: name as many depths"
+                f"a task's stream has a state after block {unread[0]}, which no decoder reads; they read {self.depths}\n"
+                "name those blocks in the method, or depths= in the model"
             )
-        first = len(shared) - len(states)
-        maps = list(shared[:first])
-        for state, beside in zip(states, shared[first:], strict=True):
-            own = self.unrolled(state, pixel_values) if self.depths else state.mT.unflatten(-1, beside.shape[-2:])
-            maps.append(own)
+        maps = list(shared)
+        for i, depth in enumerate(self.depths):
+            if depth in states:
+                state = states[depth]
+                maps[i] = (
+                    self.unrolled(state, pixel_values) if self.flat else state.mT.unflatten(-1, shared[i].shape[-2:])
+                )
         return maps
 
     def unrolled(self, state: Tensor, pixel_values: Tensor) -> Tensor:
