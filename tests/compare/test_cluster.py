@@ -265,6 +265,16 @@ def test_another_engine_and_options_of_a_cluster_without_one_are_refused(here: P
     assert not (tmp_path / "run").exists()
 
 
+@needs_ray
+@pytest.mark.loopback
+def test_an_address_where_nobody_answers_is_said_at_once(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster at 127\.0\.0\.1:1: .*refused") as refused:
+        compare(
+            str(here / small.MODEL), str(here / small.DATA), output=tmp_path / "r", engine=Ray("127.0.0.1:1"), **OPTIONS
+        )
+    assert "ray start --head" in str(refused.value) and not (tmp_path / "r").exists()
+
+
 def test_without_the_extra_it_says_what_to_install(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"pip install 'petiole\[ray\]'"):

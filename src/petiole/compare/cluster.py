@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,8 +191,10 @@ class Ray:
             if self.workers is not None:
                 quiet["num_cpus"] = max(self.workers * self.cpus, os.cpu_count() or 1)
         try:
+            if found := re.fullmatch(r"\[?([^/\]]+)\]?:(\d+)", address):  # Ray itself tries for minutes
+                socket.create_connection((found[1], int(found[2])), timeout=10).close()
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"no Ray cluster at {address}: {' '.join(str(error).split())[:300]}\n"
                 "Give --address as `ray start --head` prints it, or leave it out for a cluster of this machine."
