@@ -108,7 +108,7 @@ class TaskLinear(Fan):
         if x_tasks is not None and set(x_tasks) != set(self.ranks):
             odd = min(set(x_tasks) ^ set(self.ranks))
             raise ConfigError(f"x_tasks: this layer has the tasks {', '.join(self.ranks) or 'none'}; see {odd!r}")
-        own = None if x_tasks is None else torch.stack([x_tasks[task] for task in self.ranks])
+        own = None if not x_tasks else torch.stack([x_tasks[task] for task in self.ranks])
         shared, streams = self.outputs(h, x, own, tuple(self.ranks))
         return shared, dict(zip(self.ranks, streams, strict=True))
 
@@ -120,15 +120,15 @@ class TaskLinear(Fan):
             low = nn.functional.linear(dropped, self.A.to(x.dtype)) * self.scale("shared")
             shared = h + nn.functional.linear(low, self.B.to(low.dtype)).to(h.dtype)
         start = shared if self.mode == "matrixv2" else h
-        streams = start + self.changes(dropped if own is None else own, own is not None, running).to(h.dtype)
+        streams = self.changed(start, dropped if own is None else own, own is not None, running)
         if self.norm is not None:
             shared = h + self.norm(streams.sum(0).to(self.norm.weight.dtype)).to(h.dtype)
         return shared, streams
 
-    def changes(self, x: Tensor, apart: bool, running: tuple[str, ...]) -> Tensor:
-        """c_t B_t A_t x_t of all tasks at once: x (..., in), or (T, ..., in) if apart -> (T, ..., out)"""
+    def changed(self, start: Tensor, x: Tensor, apart: bool, running: tuple[str, ...]) -> Tensor:
+        """start + c_t B_t A_t x_t of all tasks at once: start (..., out), x (..., in), or (T, ..., in) if apart -> (T, ..., out)"""
         if not running:
-            return x.new_zeros(0, *x.shape[: -1 - apart], 1)
+            return start.new_zeros(0, *start.shape)
         A, B = self.stacked(running)
         r = A.shape[1]
         if apart:
@@ -145,8 +145,10 @@ class TaskLinear(Fan):
             low = low * c[:, None, None]
         else:
             low = low * scales[0]
-        found = torch.bmm(low, B.to(low.dtype).mT)  # (T, n, out)
-        return found.unflatten(1, x.shape[1:-1] if apart else x.shape[:-1])
+        B = B.to(low.dtype).mT
+        flat = start.flatten(0, -2)[None]
+        found = torch.baddbmm(flat, low, B) if flat.dtype == low.dtype else flat + torch.bmm(low, B).to(flat.dtype)
+        return found.unflatten(1, start.shape[:-1])
 
     def stacked(self, running: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """A_t (T, r, in) and B_t (T, out, r); smaller ranks are filled up with zeros."""
@@ -158,6 +160,5 @@ class TaskLinear(Fan):
             own = of[task] if self.ranks[task] else like[index].new_zeros(like[index].shape).narrow(index, 0, 0)
             return nn.functional.pad(own, (0, 0, 0, short) if index == 0 else (0, short))
 
-        return torch.stack([filled(self.task_A, t, 0) for t in running]), torch.stack(
-            [filled(self.task_B, t, 1) for t in running]
-        )
+        A, B = ([filled(of, task, index) for task in running] for index, of in enumerate((self.task_A, self.task_B)))
+        return torch.stack(A), torch.stack(B)
