@@ -806,3 +806,23 @@ def test_tasks_that_are_not_there() -> None:
         keep_task(attached(mode="addition")[1], "depth")
     with pytest.raises(AttachError, match="can't differ"), pt.route(model, ["default", None]):
         model(**batch())
+
+
+@pytest.mark.parametrize("size", [36, 44])
+def test_windows_and_merging_that_need_padding(size: int) -> None:
+    """Grids of 18, 9 and 5, or 22, 11 and 6, in windows of 5: every stream is padded and cropped alike."""
+    changes = {"image_size": size, "window_size": 5, "depths": [2, 2, 1], "num_heads": [2, 4, 4]}
+    model = DenseModel(backbone(**changes), NAMES, width=2).eval()
+    scenes = Scenes(2, size=size, tasks=NAMES)
+    rows = DensePrediction.collator([scenes[i] for i in range(2)])
+    tuned = pt.attach(model, method())
+    for own in streams(model, rows).values():
+        assert list(own) == [1, 3, 4]
+        for state, shared in zip(own.values(), shared_states(model, rows), strict=False):
+            torch.testing.assert_close(state.mT.unflatten(-1, shared.shape[-2:]), shared)
+    toys.shake(tuned, 0.2)
+    whole = logits(model, rows)
+    with pt.given(model, task="depth"):
+        torch.testing.assert_close(logits(model, rows), whole["depth"], rtol=1e-5, atol=1e-5)
+    alone = model(rows["pixel_values"][:1]).logits  # rows don't mix
+    torch.testing.assert_close(alone["normals"], whole["normals"][:1], rtol=1e-4, atol=1e-5)
