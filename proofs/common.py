@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,58 @@ def fit(
         losses.append(float(loss.detach()))
     with torch.no_grad():
         return float((model(x) - y).square().mean()) / losses[0]
+
+
+# ------------------------------------------------------------------------------------------------------- ranks that have to grow
+
+
+class Parallel(nn.Module):
+    """x -> W_i x of several linears side by side, stacked."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"query": nn.Linear(*W.T.shape, bias=False)}) for W in weights])
+        for block, W in zip(self.blocks, weights, strict=True):
+            block["query"].weight.data = W.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block["query"](x) for block in self.blocks])
+
+
+def four_layers(seed: int, share: float = 1 / 8) -> tuple[Parallel, Tensor, Tensor]:
+    """Four linears (24, 24), 256 inputs, and the outputs of W + D: D of rank 0, 8, 0, 1, of Gaussian factors times `share`."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=generator)
+    W = normal(4, 24, 24) / 24**0.5
+    D = torch.stack([share * normal(24, rank) @ normal(rank, 24) for rank in (0, 8, 0, 1)])
+    x = normal(256, 24)
+    return Parallel(W), x, x @ (W + D).mT
+
+
+def fit_growing(
+    method: pt.Method, seed: int, learning_rate: float, steps: int, share: float = 1 / 8
+) -> tuple[list[int], float]:
+    """Train a method that grows on the four layers with AdamW. Returns the final ranks, and the sum of the mean square errors."""
+    from petiole.methods.lowrank.growth import rank_pattern
+    from petiole.training import Events
+
+    model, x, y = four_layers(seed, share)
+    tuned = pt.attach(model.train(), method.model_copy(update={"roles": ("q",)}), seed=seed, found=parts(model))
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=learning_rate, weight_decay=0.0)
+    events = Events(model, optimizer, total_steps=steps, prove=False)  # two layers are right already
+    events.begin()
+    for _ in range(steps):
+        events.before_step()
+        loss = (model(x) - y).square().mean((1, 2)).sum()
+        extra = events.extra_loss()
+        (loss if extra is None else loss + extra).backward()
+        events.before_optimizer_step(loss)
+        optimizer.step()
+        events.after_optimizer_step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        left = (model.eval()(x) - y).square().mean((1, 2)).sum()
+    return list(rank_pattern(tuned).values()), float(left)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- the report

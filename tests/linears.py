@@ -7,7 +7,7 @@ y = model(x)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,18 @@ class OneLinear(nn.Module):
         return self.blocks[0](x)
 
 
-def parts(model: OneLinear) -> pt.Anatomy:
+class Parallel(nn.Module):
+    """x -> the outputs of several linears side by side, stacked: (linears, ..., out)."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(W, None) for W in weights])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([block(x) for block in self.blocks])
+
+
+def parts(model: OneLinear | Parallel) -> pt.Anatomy:
     return pt.anatomy(model, stacks={"encoder": "blocks"}, roles={"q": "query"})
 
 

@@ -114,8 +114,9 @@ def home(slug: str) -> str:
 
 @cache
 def small(cls: type[Method]) -> Method:
-    """The method as it comes, only of small size."""
-    return cls(**({cls.size: min(3, default_of(cls, cls.size) or 3)} if cls.size else {}))
+    """The method as it comes, only of small size, and so that training computes what evaluation does."""
+    size = {cls.size: min(3, default_of(cls, cls.size) or 3)} if cls.size else {}
+    return cls(**size, **({"dropout": 0.0} if "dropout" in cls.model_fields else {}))
 
 
 def default_of(cls: type[Method], field: str) -> Any:
@@ -590,7 +591,7 @@ def compiled_code_never_lies(case: Case) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # in one piece, or it would be of little use
     batch = {k: v for k, v in case.batch.items() if k != "labels"}
     expected = output(model, batch)
-    same = lambda one, other: torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # noqa: E731
+    same = lambda one, other: torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # noqa: E731
     same(output(compiled, batch), expected)
     _, tuned = case.attach(model)
     shake(tuned)

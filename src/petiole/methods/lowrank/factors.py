@@ -103,18 +103,18 @@ class Product(WeightDelta):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """x (..., in) -> Δy (..., out)"""
+        return self.applied(x if self.dropout is None else self.dropout(x))
+
+    def applied(self, x: Tensor) -> Tensor:
+        """x (..., in), after dropout -> ΔW x + Δb (..., out)"""
         A, B, scale, bias, *core = self.parts()
-        x = x if self.dropout is None else self.dropout(x)
         low = nn.functional.linear(x, A.to(x.dtype)) * scale
         low = between(low, core[0].to(low.dtype)) if core else low
         return nn.functional.linear(low, B.to(low.dtype), None if bias is None else bias.to(low.dtype))
 
     def weight(self, base: Tensor) -> Tensor:
         """ΔW (out, in)"""
-        A, B, scale, _, *core = self.parts()
-        kind = torch.promote_types(base.dtype, B.dtype)
-        B = scale * B.to(kind)
-        return (between(B, core[0].to(kind), transposed=True) if core else B) @ A.to(kind)
+        return multiplied(self.parts(), base.dtype)
 
     def bias(self, base: Tensor | None) -> Tensor | None:
         return self.parts()[3]
@@ -122,6 +122,14 @@ class Product(WeightDelta):
     def factored(self) -> Parts | None:
         """The parts; None where dropout acts."""
         return None if self.dropout is not None and self.training else self.parts()
+
+
+def multiplied(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """scale · B C A (out, in), in `dtype` or that of B, whichever is the wider."""
+    A, B, scale, _, *core = parts
+    kind = torch.promote_types(dtype, B.dtype)
+    B = scale * B.to(kind)
+    return (between(B, core[0].to(kind), transposed=True) if core else B) @ A.to(kind)
 
 
 def convolve_1x1(x: Tensor, weight: Tensor) -> Tensor:
