@@ -21,6 +21,7 @@ from petiole.errors import PetioleError
 METHODS: dict[str, Any] = {
     "lora": lambda: pt.LoRA(rank=4, roles=("q", "v", "down")),
     "dora": lambda: pt.DoRA(rank=4),
+    "mos": lambda: pt.MoS(rank=3, dropout=0.0),  # pools that belong to the attachment
     "parallel-adapter": lambda: pt.ParallelAdapter(bottleneck=4),
     "bitfit": lambda: pt.BitFit(),
 }
@@ -89,12 +90,15 @@ def main(folder: Path, rank: int) -> None:
             logits = model(**rows(rank)).logits
         tuned.save(folder / f"fsdp-{method}-{rank}.safetensors")  # every process: the parts are put together
         tuned.save(folder / f"resume-{method}-{rank}.safetensors", folded=False)
+        model.reshard()  # parameters of the root stay whole from a forward until a backward; their parts are what counts
         with torch.no_grad():
             for parameter in tuned.parameters():
                 parameter.mul_(2.0)
             moved = model(**rows(rank)).logits
             tuned.restore(folder / f"resume-{method}-{rank}.safetensors")
+            model.reshard()
             restored = torch.equal(model(**rows(rank)).logits, logits) and not torch.equal(moved, logits)
+        model.reshard()
         found[method] = {
             "sharded": all(hasattr(p, "full_tensor") for p in tuned.parameters()),
             "restored": restored,
