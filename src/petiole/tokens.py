@@ -82,7 +82,7 @@ class Layout:
         for number in sorted(set(self.index)):
             yield number, [row for row, each in enumerate(self.index) if each == number]
 
-    def laid(self, value: Tensor, tokens: Sequence[Tensor | float] | float, rest: float, dim: int = 1) -> Tensor:
+    def laid(self, value: Tensor, tokens: Sequence[Tensor] | float, rest: float, dim: int = 1) -> Tensor:
         """value (B, …, T, …) -> (B, …, length + T, …).
 
         Args:
@@ -92,14 +92,11 @@ class Layout:
         for place, (number, rows) in enumerate(self.groups()):
             own = value.index_select(0, torch.tensor(rows, device=value.device))
             count = self.slots[number].length if number >= 0 else 0
-            each = tokens if isinstance(tokens, (int, float)) else tokens[place]
-            head = each if isinstance(each, Tensor) else filled(own, dim, count, each)
+            head = filled(own, dim, count, tokens) if isinstance(tokens, (int, float)) else tokens[place]
             left = filled(own, dim, self.length - count, rest)
             parts.append(torch.cat([left, head, own] if self.front else [head, own, left], dim))
             order += rows
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(parts).index_select(0, back.to(value.device))
+        return torch.cat(parts).index_select(0, torch.tensor(order, device=value.device).argsort())
 
     def shift(self, device: torch.device) -> Tensor:
         """(B, 1): by how much the positions of each row's own sequence move."""
@@ -140,6 +137,7 @@ class TokenSlot(Slot):
             return
         entry = text_entry(host.model, blocks[0].path)
         self.text = entry is not None
+        self.numbering = self.positions(entry) if entry is not None else "none"
         if entry is not None:
             if site.depth:
                 raise AttachError(
@@ -240,26 +238,22 @@ class TokenSlot(Slot):
         if layout is None:
             self.lengthen_masks(kwargs, source, seen)
         else:
-            self.lay_masks(layout, kwargs, source, seen, self.positions(module))
+            self.lay_masks(layout, kwargs, source, seen)
         return (), kwargs
 
-    def positions(self, module: nn.Module) -> str:
+    def positions(self, entry: str) -> str:
         """Where the model that embeds takes positions from: "given", the "mask", "fixed" by their order, or "none" (relative ones)."""
-        path = next(p for p, m in self.host.model.named_modules() if m is module)
-        inside = [
-            s.path
-            for s in self.host.anatomy.outside
-            if s.role == "position_embedding" and f"{s.path}.".startswith(f"{path}.")
-        ]
+        outside = (s.path for s in self.host.anatomy.outside if s.role == "position_embedding")
+        inside = [path for path in outside if path.startswith(f"{entry}." if entry else "")]
         if any("attention_mask" in parameters_of(self.host.module(each)) for each in inside):
             return "mask"
-        if "position_ids" in self.names[type(module)]:
+        if "position_ids" in parameters_of(self.host.module(entry)):
             return "given"
         return "fixed" if inside else "none"
 
-    def lay_masks(self, layout: Layout, kwargs: Kwargs, source: Tensor, seen: int, positioned: str) -> None:
+    def lay_masks(self, layout: Layout, kwargs: Kwargs, source: Tensor, seen: int) -> None:
         """As `lengthen_masks`, where rows differ."""
-        if layout.front and not layout.even and positioned == "fixed":
+        if layout.front and not layout.even and self.numbering == "fixed":
             raise AttachError(
                 f"{self.host.anatomy.model_class} numbers positions by their order, so its rows can't have input tokens of different numbers"
             )
@@ -279,7 +273,7 @@ class TokenSlot(Slot):
         positions = kwargs.get("position_ids")
         if positions is not None and positions.ndim != 2:
             raise AttachError("where rows have different input tokens, position_ids must be (batch, length)")
-        if positions is not None or (layout.front and positioned == "given"):
+        if positions is not None or (layout.front and self.numbering == "given"):
             if positions is None:
                 positions = torch.arange(current, device=source.device)[None] + max(0, seen - layout.length)
             positions = positions.expand(batch, -1)

@@ -46,7 +46,7 @@ class Trainer(HFTrainer):
     Args:
         prove: whether the first step must show that every site was called, and every delta got a gradient and moved.
         cache: "2GB" or bytes of memory in which what the frozen blocks below compute is kept by row, so that later epochs skip them
-            (`petiole.cache`); more goes to a file in `output_dir`. None for none.
+            (`petiole.cache`); more goes to a temporary file. None for none.
         memory: "4GB" or bytes that a step may hold: just as many blocks are recomputed in the backward pass as it takes
             (`petiole.recompute`), found on the largest of the first batches. None keeps everything.
 
