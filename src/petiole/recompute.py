@@ -38,8 +38,7 @@ class Choice:
     Attributes:
         blocks: module paths, from the input. among: how many blocks keep something and could be recomputed.
         budget_bytes: what was to be kept to.
-        peak_bytes: of a step as chosen; plain_bytes: with nothing recomputed; least_bytes: with everything recomputed, where that was
-            looked at (else what was chosen is enough).
+        peak_bytes: of a step as chosen; plain_bytes: with nothing recomputed.
         step_flops, plain_flops: of a step as chosen, and with nothing recomputed. saved_bytes: kept for backward, as chosen.
     """
 
@@ -48,7 +47,6 @@ class Choice:
     budget_bytes: int
     peak_bytes: int
     plain_bytes: int
-    least_bytes: int | None
     step_flops: int
     plain_flops: int
     saved_bytes: int
@@ -100,10 +98,7 @@ def recomputed(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         and any(b == path or f"{b}.".startswith(path and f"{path}.") for b in blocks)
     }
     switched: dict[str, nn.Module] = {**around, **{path: known[path] for path in blocks}}
-    before = {
-        path: {name: own[name] for name in _SWITCHES if name in own}
-        for path, own in ((p, vars(m)) for p, m in switched.items())
-    }
+    before = {path: {n: v for n, v in vars(module).items() if n in _SWITCHES} for path, module in switched.items()}
     try:
         for module in switched.values():
             vars(module).update(dict(zip(_SWITCHES, (True, partial(checkpoint, use_reentrant=False)), strict=True)))
@@ -138,40 +133,38 @@ def fit(
     Raises:
         ConfigError: it can't be read, or not even recomputing every block is enough.
     """
-    from petiole.planning.passes import step
+    from petiole.planning.passes import Figures, step
 
     budget = bytes_of(memory, "memory")
 
-    def figures(count: int) -> Any:
-        with recomputed(model, chosen[:count]):
-            return step(model, batch, make, {}, loss=loss, autocast=autocast)
-
-    chosen: tuple[str, ...] = ()
-    plain = figures(0)
-    if plain.peak_bytes + extra_bytes <= budget:
-        peak_bytes = plain.peak_bytes + extra_bytes
-        return Choice(
-            (), 0, budget, peak_bytes, peak_bytes, None, plain.step_flops, plain.step_flops, plain.saved_bytes
-        )  # fmt: skip
-    chosen = tuple(path for path, kept in kept_bytes(model, batch, autocast).items() if kept)
-    seen = {0: plain, len(chosen): figures(len(chosen))}
-    least = seen[len(chosen)].peak_bytes + extra_bytes
-    if least > budget:
-        raise ConfigError(
-            f"memory = {memory}: with all {len(chosen)} blocks recomputed a step still takes {least / 1e6:,.1f} MB\n"
-            "take a smaller batch, shorter inputs, bf16, or fewer trainable parameters"
-        )
+    seen: dict[int, Figures] = {}
+    blocks: tuple[str, ...] = ()
 
     def peak(count: int) -> int:
         if count not in seen:
-            seen[count] = figures(count)
-        return int(seen[count].peak_bytes) + extra_bytes
+            with recomputed(model, blocks[:count]):
+                seen[count] = step(model, batch, make, {}, loss=loss, autocast=autocast)
+        return seen[count].peak_bytes + extra_bytes
 
-    count = fewest(peak, len(chosen), budget)
+    count = 0
+    if peak(0) > budget:
+        blocks = tuple(path for path, kept in kept_bytes(model, batch, autocast).items() if kept)
+        if peak(len(blocks)) > budget:
+            raise ConfigError(
+                f"memory = {memory}: with all {len(blocks)} blocks recomputed a step still takes {peak(len(blocks)) / 1e6:,.1f} MB\n"
+                "take a smaller batch, shorter inputs, bf16, or fewer trainable parameters"
+            )
+        count = fewest(peak, len(blocks), budget)
     return Choice(
-        chosen[:count], len(chosen), budget, peak(count), plain.peak_bytes + extra_bytes, least,
-        seen[count].step_flops, plain.step_flops, seen[count].saved_bytes,
-    )  # fmt: skip
+        blocks[:count],
+        among=len(blocks),
+        budget_bytes=budget,
+        peak_bytes=peak(count),
+        plain_bytes=peak(0),
+        step_flops=seen[count].step_flops,
+        plain_flops=seen[0].step_flops,
+        saved_bytes=seen[count].saved_bytes,
+    )
 
 
 def fewest(peak: Callable[[int], int], most: int, budget: int) -> int:
