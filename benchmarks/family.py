@@ -1,0 +1,436 @@
+"""A family of methods on real tasks: each at its own default and at one budget of trained parameters, peers of other libraries beside them.
+
+One recipe for all: the learning rate is searched on validation, three points of the method's own range at half the steps, then every seed
+is trained with the best and scored on test. What is done is kept in one file of lines; the same command goes on after it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import nn
+
+import petiole as pt
+from petiole.attach import parameters_of
+from petiole.attach import plan as planned
+from petiole.cost import measure
+from petiole.errors import PetioleError
+from petiole.tasks import Task, load_data, prepare
+from petiole.tune import Recipe, arguments, measured, train
+
+Line = dict[str, Any]
+OWN, EQUAL = "own default", "equal budget"
+
+
+# ------------------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: what is put on a backbone, and where its learning rate is looked for.
+
+    Attributes:
+        put: a fresh model and the steps of the run -> what trains: an adaptation, or a model that another library made.
+        about: the configuration, in words.
+        around: entered around training and scoring, for methods that need a value for each pass.
+    """
+
+    label: str
+    budget: str
+    put: Callable[[nn.Module, int], pt.Adaptation | nn.Module]
+    rates: tuple[float, float]
+    about: str = ""
+    around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+
+    @property
+    def key(self) -> str:
+        return f"{self.label}, {self.budget}"
+
+    @property
+    def grid(self) -> list[float]:
+        """Three learning rates, in the middles of the thirds of the range on a logarithmic scale."""
+        low, high = self.rates
+        return [float(f"{low * (high / low) ** share:.2g}") for share in (1 / 6, 1 / 2, 5 / 6)]
+
+
+def own(method: pt.Method | Callable[[int], pt.Method], label: str = "", budget: str = OWN, **options: Any) -> Entry:
+    """A row of petiole's. Methods whose fields depend on the length of the run come as a function of the steps."""
+    make = method if callable(method) and not isinstance(method, pt.Method) else lambda steps: method
+    example = make(200)
+    fields = {n: v for n, v in example.model_dump().items() if v != type(example).model_fields[n].default}
+    about = ", ".join(f"{name}={value}" for name, value in fields.items())
+    rates = type(example).learning_rates
+
+    def put(model: nn.Module, steps: int) -> pt.Adaptation:
+        return pt.attach(model, make(steps), seed=0)
+
+    return Entry(label or example.slug, budget, put, rates, about, **options)
+
+
+def peer(
+    label: str,
+    budget: str,
+    config: Callable[[list[str], list[str]], Any],
+    rates: tuple[float, float],
+    roles: Sequence[str],
+    about: str,
+) -> Entry:
+    """A row of PEFT's; `config` is given the paths of the sites and of the heads."""
+    import peft
+
+    def put(model: nn.Module, steps: int) -> nn.Module:
+        found = pt.anatomy(model)
+        heads = [site.path for site in found.heads()]
+        made = config([site.path for site in found.sites(roles)], heads)
+        return peft.get_peft_model(model, made)
+
+    return Entry(label, budget, put, rates, about)
+
+
+def trained(model: nn.Module, method: pt.Method) -> int:
+    """What a method trains on a model, its task head apart; counted without attaching it."""
+    made = planned(model, [method], pt.anatomy(model), 0, False)
+    values = dict(model.named_parameters())
+    return sum(p.numel() for p in parameters_of(made) if p.requires_grad) + sum(values[n].numel() for n in made.trained)
+
+
+def within(model: nn.Module, method: pt.Method, budget: int) -> pt.Method | None:
+    """The method with the largest main size that trains at most `budget` parameters; None if there is none.
+
+    Args:
+        model: on the meta device.
+    """
+    known: dict[int, float] = {}
+
+    def count(size: int) -> float:
+        if size not in known:
+            try:
+                known[size] = trained(
+                    model, type(method)(**{**method.model_dump(exclude_unset=True), method.size: size})
+                )
+            except PetioleError:
+                known[size] = math.inf
+        return known[size]
+
+    low, high = 0, 1
+    while count(high) <= budget and high < 1 << 16:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) <= budget else (low, middle)
+    return type(method)(**{**method.model_dump(exclude_unset=True), method.size: low}) if low else None
+
+
+# -------------------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass
+class Setting:
+    """A backbone and a data set, and how long is trained.
+
+    Attributes:
+        data: as `load_data` takes it. limit: rows of each split at most.
+    """
+
+    name: str
+    title: str
+    model: str
+    data: str
+    steps: int
+    limit: Mapping[str, int] = field(default_factory=dict)
+    batch_size: int = 16
+
+    @cached_property
+    def task(self) -> Task:
+        return prepare(load_data(self.data, limit=dict(self.limit) or None, test_fraction=0.2), self.model)
+
+    @cached_property
+    def backbones(self) -> dict[int, nn.Module]:
+        return {}
+
+    def backbone(self, seed: int) -> nn.Module:
+        """A copy of the backbone with the head of a seed, frozen."""
+        if seed not in self.backbones:
+            self.backbones[seed] = self.task.build_model(seed=seed).requires_grad_(False)
+        return copy.deepcopy(self.backbones[seed])
+
+    def batch(self) -> Mapping[str, Any]:
+        rows = self.task.encoded("train")
+        return self.task.collator([rows[i] for i in range(self.batch_size)])
+
+
+def run(setting: Setting, entry: Entry, learning_rate: float, steps: int, seed: int, splits: Sequence[str]) -> Line:
+    """Train one, and score it."""
+    recipe = Recipe(steps=steps, batch_size=setting.batch_size)
+    model = setting.backbone(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the peers' own new parameters
+        made = entry.put(model, steps)
+    model = made.model if isinstance(made, pt.Adaptation) else made
+    start = time.perf_counter()
+    with entry.around(model):
+        if isinstance(made, pt.Adaptation):
+            train(made, setting.task, recipe, learning_rate=learning_rate, seed=seed)
+        else:
+            by_transformers(model, setting.task, recipe, learning_rate, seed)
+        seconds = time.perf_counter() - start
+        scores = {
+            s: measured(setting.task.evaluate(model, s, batch_size=64), s)[setting.task.main_metric] for s in splits
+        }
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"scores": scores, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
+
+
+def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate: float, seed: int) -> None:
+    """The same recipe for a model that another library made."""
+    from transformers import PrinterCallback, Trainer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        args = arguments(recipe, recipe.steps or 1, learning_rate, seed, scratch)
+        trainer = Trainer(model, args, train_dataset=task.encoded("train"), data_collator=task.collator)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def cost(setting: Setting, entry: Entry) -> Line:
+    """What is kept for a backward pass, and what a file takes. Times are taken by `steps`, all rows in turn."""
+    made = entry.put(setting.backbone(0), setting.steps)
+    model = made.model if isinstance(made, pt.Adaptation) else made
+    heads = [site.path for site in pt.anatomy(setting.backbone(0)).heads()]
+    with entry.around(model):
+        found = measure(model, setting.batch(), repeats=1, warmup=0)
+    own_heads = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and any(h in n for h in heads))
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(made, pt.Adaptation):
+            made.save(Path(scratch) / "adaptation.safetensors")
+        else:
+            made.save_pretrained(scratch)  # type: ignore[operator]
+        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"saved": found.saved_bytes, "file": size, "trained": count, "head": own_heads}
+
+
+def steps(setting: Setting, entries: Sequence[Entry], repeats: int) -> dict[str, float]:
+    """Seconds of a training step of each, in turn, round after round: medians."""
+    candidates: dict[str, Callable[[], None]] = {}
+    batch = setting.batch()
+    for entry in entries:
+        made = entry.put(setting.backbone(0), setting.steps)
+        model = (made.model if isinstance(made, pt.Adaptation) else made).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+        def step(model: nn.Module = model, optimizer: Any = optimizer, entry: Entry = entry) -> None:
+            with entry.around(model):
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        candidates[entry.key] = step
+    times = common.interleaved(candidates, repeats)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ lines
+
+
+class Lines:
+    """Results, one a line, written as they come; several processes may write different settings to files of their own."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}.jsonl"
+        self.known: dict[str, Line] = {}
+        if self.path.exists():
+            for text in self.path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:  # cut off when the run was stopped
+                    continue
+                self.known[line["key"]] = line
+
+    def get(self, key: str, work: Callable[[], Line]) -> Line:
+        """What is known under a key, or comes of the work. A failure is kept as one, with its reason."""
+        if key not in self.known:
+            try:
+                found = work()
+            except Exception as error:
+                found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            self.known[key] = {"key": key, **found}
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.known[key]) + "\n")
+            print(f"{key}: { {k: v for k, v in found.items() if k != 'key'} }", flush=True)
+        return self.known[key]
+
+
+def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines) -> None:
+    """Everything of one setting that is not known yet, seed by seed, so that an early end leaves whole rows of fewer seeds."""
+    for entry in entries:
+        lines.get(f"{entry.key} | cost", lambda entry=entry: cost(setting, entry))
+    for entry in entries:
+        rate = searched(setting, entry, lines)
+        for seed in range(1, seeds + 1):
+            if rate is not None:
+                lines.get(
+                    f"{entry.key} | seed {seed}",
+                    lambda entry=entry, seed=seed, rate=rate: run(
+                        setting, entry, rate, setting.steps, seed, ("validation", "test")
+                    ),
+                )
+
+
+def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
+    """The learning rate that scores best on validation after half the steps; None where none could be trained."""
+    best: tuple[float, float] | None = None
+    for rate in entry.grid:
+        half = max(1, setting.steps // 2)
+        line = lines.get(
+            f"{entry.key} | lr {rate:g}",
+            lambda entry=entry, rate=rate, half=half: run(setting, entry, rate, half, 0, ("validation",)),
+        )
+        if "scores" in line and (best is None or line["scores"]["validation"] > best[0]):
+            best = (line["scores"]["validation"], rate)
+    return None if best is None else best[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- report
+
+
+def summary(entry: Entry, lines: Lines) -> Line:
+    """A row of the table: test scores over seeds, and costs."""
+    scores = [
+        v["scores"]["test"] for k, v in lines.known.items() if k.startswith(f"{entry.key} | seed") and "scores" in v
+    ]
+    costs = lines.known.get(f"{entry.key} | cost", {})
+    failed = next((v["failed"] for k, v in lines.known.items() if k.startswith(f"{entry.key} |") and "failed" in v), "")
+    return {
+        "label": entry.label,
+        "budget": entry.budget,
+        "about": entry.about,
+        "seeds": len(scores),
+        "failed": failed,
+        "mean": statistics.mean(scores) if scores else None,
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "trained": costs["trained"] - costs["head"] if "trained" in costs else None,
+        "saved": costs.get("saved"),
+        "file": costs.get("file"),
+    }
+
+
+def table(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], times: Mapping[str, float], base: str) -> str:
+    """One Markdown table: a row for each entry, scores by setting; time, saved bytes and file as in the first text setting.
+
+    Args:
+        rows: by setting, then by entry, the same entries in each. times: seconds of a step over those of the row `base`.
+    """
+    from petiole.compare.table import quantity, score
+
+    head = ["method", "configuration", *(s.title for s in settings), "trained", "step", "saved", "file"]
+    about = (
+        settings.index(next(s for s in settings if s.name in SHOWN)) if any(s.name in SHOWN for s in settings) else 0
+    )
+    saved = {line["label"] + line["budget"]: line["saved"] for line in rows[about]}
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
+    order = sorted(range(len(rows[0])), key=lambda i: -statistics.mean([r[i]["mean"] or 0.0 for r in rows]))
+    for i in order:
+        line = rows[about][i]
+        key = f"{line['label']}, {line['budget']}"
+        cells = [line["label"], line["about"].replace("|", "/") or "–"]
+        cells += [score(r[i]["mean"], r[i]["sd"], percent=True) if r[i]["mean"] is not None else "failed" for r in rows]
+        share = (
+            line["saved"] / saved[base.replace(", ", "")]
+            if line["saved"] and saved.get(base.replace(", ", ""))
+            else None
+        )
+        cells += [quantity(line["trained"]), f"{times[key]:.2f}" if key in times else "–"]
+        cells += [f"{share:.2f}" if share else "–", quantity(line["file"], "B")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+SHOWN = ("trec6",)  # whose costs stand in the table
+
+
+def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: Sequence[str], path: Path) -> None:
+    """A panel for each setting, a line for each method: filled at the equal budget, hollow at its own default; bars are one sd."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(line["label"] for line in rows[0]))
+    best = {
+        n: max(
+            statistics.mean([r[i]["mean"] or 0.0 for r in rows]) for i, line in enumerate(rows[0]) if line["label"] == n
+        )
+        for n in names
+    }
+    names.sort(key=lambda n: best[n])
+    figure, panels = pyplot.subplots(
+        1, len(settings), figsize=(3.1 * len(settings) + 1.2, 0.3 * len(names) + 1.4), sharey=True, layout="constrained"
+    )
+    for ax, setting, lines in zip(panels, settings, rows, strict=True):
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(axis="y", length=0, labelsize=9)
+        for line in lines:
+            if line["mean"] is None:
+                continue
+            equal, colour = line["budget"] == EQUAL, "#D55E00" if line["label"] in peers else "#0072B2"
+            y = names.index(line["label"]) + (0.12 if equal else -0.12)
+            ax.errorbar(
+                100 * line["mean"],
+                y,
+                xerr=100 * (line["sd"] or 0),
+                fmt="o" if equal else "s",
+                color=colour,
+                elinewidth=1,
+                markersize=5.5,
+                markerfacecolor=colour if equal else "white",
+                markeredgewidth=1.3,
+            )
+        ax.set_yticks(range(len(names)), names)
+        ax.set_title(setting.title, fontsize=10, loc="left")
+        ax.set_xlabel("accuracy on test (%), mean ± sd", fontsize=9)
+    marks = [
+        pyplot.Line2D([], [], marker=m, linestyle="", color="#444444", markerfacecolor=f, markersize=5.5)
+        for m, f in (("o", "#444444"), ("s", "white"))
+    ]
+    figure.legend(
+        marks, [EQUAL, "own default, or another size"], loc="outside lower right", ncols=2, frameon=False, fontsize=9
+    )
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def options(about: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder in which results are kept")
+    parser.add_argument("--only", default="", help="comma-separated names of settings")
+    parser.add_argument("--rows", default="", help="comma-separated labels of rows")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds of a step; 0 for none")
+    parser.add_argument(
+        "--time", action="store_true", help="time the steps, and train nothing; leave the machine alone"
+    )
+    parser.add_argument("--report", action="store_true", help="write the page and the picture from what is known")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here, as one JSON object")
+    found = parser.parse_args()
+    torch.set_num_threads(found.threads)
+    return found

@@ -1,0 +1,151 @@
+"""The low-rank family: every method at its own default and at LoRA's budget, PEFT's LoRA, DoRA and VeRA in the same table.
+
+MiniLM on TREC-6 and CLINC150 (100 and 10 examples a class), the shipped ViT on digits. `--report` writes docs/lowrank.md from what was run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import family
+from family import EQUAL, OWN, Entry, Setting, own, peer, within
+from torch import nn
+
+import petiole as pt
+from petiole.method import find
+
+ROLES = ("q", "v")
+LEFT_OUT = {
+    "mtlora": "its streams are for several dense tasks; see its proof",
+    "petalface": "it steers by a quality of each image; see its proof and the face task",
+    "ia3": "its size is fixed: 0.07 % at its own default",
+    "svfit": "one value a singular direction: with all of them it trains less than the budget",
+}
+
+
+def settings(data: Path) -> list[Setting]:
+    text = data / "text"
+    return [
+        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 100),
+        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 150),
+        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 190,
+                {"train": 1500, "validation": 600, "test": 1500}),
+        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 250,
+                {"train": 15000, "validation": 600, "test": 1500}),
+    ]  # fmt: skip
+
+
+def growing(slug: str, rank: int) -> Any:
+    """A method that grows to an average rank on q and v, in a run of so many steps."""
+
+    def make(steps: int) -> pt.Method:
+        cls = find(slug)
+        every = max(1, steps // 40)
+        if slug == "increlora":
+            return cls(target_rank=rank, warmup_steps=steps // 10, update_interval=every, roles=ROLES)
+        return cls(reference_rank=rank, init_warmup=steps // 10, incre_interval=every, total_steps=steps, roles=ROLES)
+
+    return make
+
+
+def entries(model: nn.Module) -> Iterator[Entry]:
+    """All rows; `model` is on the meta device."""
+    import peft
+
+    budget = family.trained(model, pt.LoRA())
+    for slug in ("lora", "dora", "ia3", "svfit", "slora", "nlora", "inttune", "nola", "mos", "mola", "pego"):
+        if slug not in pt.method.registry():
+            continue
+        fixed = {"cache_basis": "always"} if slug == "nola" else {}  # the same numbers, four times as fast
+        method = find(slug)(**fixed)
+        yield own(method)
+        if slug != "lora" and slug not in LEFT_OUT:  # on the sites of LoRA's default, too
+            yield own(within(model, find(slug)(roles=ROLES, **fixed), budget) or method, budget=EQUAL)
+    for slug, rank in (("increlora", 8), ("triadaptlora", 8)):
+        if slug in pt.method.registry():
+            yield own(growing(slug, rank), budget=EQUAL)
+            yield own(growing(slug, 2), budget="rank 2 on average")
+
+    def lora(rank: int, **more: Any) -> Any:
+        return lambda sites, heads: peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=sites, modules_to_save=heads, **more
+        )
+
+    yield peer("PEFT LoRA", OWN, lora(8), (3e-4, 3e-2), ROLES, "r=8")
+    yield peer("PEFT DoRA", OWN, lora(8, use_dora=True), (3e-4, 3e-2), ROLES, "r=8")
+    yield peer("PEFT DoRA", EQUAL, lora(7, use_dora=True), (3e-4, 3e-2), ROLES, "r=7")
+    yield peer(
+        "PEFT VeRA",
+        OWN,
+        lambda sites, heads: peft.VeraConfig(r=256, target_modules=sites, modules_to_save=heads),
+        (1e-3, 1e-1),
+        ROLES,
+        "r=256",
+    )
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "lowrank.md"
+PEERS = ("PEFT LoRA", "PEFT DoRA", "PEFT VeRA")
+
+
+def rows_of(setting: Setting, only: str) -> list[Entry]:
+    rows = entries(setting.task.empty_model())
+    return [row for row in rows if not only or row.label in only.split(",")]
+
+
+def report(chosen: list[Setting], asked: Any) -> None:
+    """Write the page and its picture from what is known."""
+    found, times = [], dict[str, float]()
+    for setting in chosen:
+        lines = family.Lines(asked.output, setting.name)
+        found.append([family.summary(entry, lines) for entry in rows_of(setting, asked.rows)])
+        timed = asked.output / f"{setting.name}-times.json"
+        if timed.exists() and setting.name in family.SHOWN:
+            times = json.loads(timed.read_text())
+    keep = [i for i in range(len(found[0])) if all(f[i]["seeds"] == asked.seeds or f[i]["failed"] for f in found)]
+    found = [[f[i] for i in keep] for f in found]
+    family.picture(chosen, found, PEERS, PAGE.parent / "images" / "lowrank.png")
+    versions = ", ".join(f"{name} {number}" for name, number in common.versions("peft").items())
+    tables = []
+    for title, equal in (("## At one budget", True), ("## At their own defaults", False)):
+        part = [[line for line in f if (line["budget"] == EQUAL) == equal] for f in found]
+        # LoRA's default is the budget, so it stands in both.
+        lora = [[line for line in f if line["label"] in ("lora", "PEFT LoRA") and equal] for f in found]
+        part = [both + lines for both, lines in zip(lora, part, strict=True)]
+        tables.append(f"{title}\n\n{family.table(chosen, part, times, f'lora, {OWN}')}\n")
+    text = PAGE.read_text() if PAGE.exists() else HEAD
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    PAGE.write_text(f"{text[:begin]}\n{versions}; {asked.seeds} seeds.\n\n" + "\n".join(tables) + text[end:])
+    common.write(asked.json, {s.name: f for s, f in zip(chosen, found, strict=True)})
+
+
+BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->"
+HEAD = f"""# The low-rank family, side by side
+
+{BEGIN}{END}
+"""
+
+
+def main() -> None:
+    asked = family.options(__doc__ or "")
+    chosen = [s for s in settings(asked.data) if not asked.only or s.name in asked.only.split(",")]
+    if asked.report:
+        report(chosen, asked)
+        return
+    for setting in chosen:
+        rows = rows_of(setting, asked.rows)
+        if asked.time:
+            times = family.steps(setting, rows, asked.repeats)
+            common.write(
+                asked.output / f"{setting.name}-times.json", {k: v / times[f"lora, {OWN}"] for k, v in times.items()}
+            )
+        else:
+            family.study(setting, rows, asked.seeds, family.Lines(asked.output, setting.name))
+
+
+if __name__ == "__main__":
+    main()
