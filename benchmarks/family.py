@@ -108,6 +108,15 @@ def trained(model: nn.Module, method: pt.Method) -> int:
     return sum(p.numel() for p in parameters_of(made) if p.requires_grad) + sum(values[n].numel() for n in made.trained)
 
 
+def sized(method: pt.Method, size: int) -> pt.Method:
+    """The method with another main size, and the same scale: alpha goes with the size."""
+    fields = method.model_dump(exclude_unset=True)
+    alpha, before = getattr(method, "alpha", None), getattr(method, method.size)
+    if alpha is not None and before:
+        fields["alpha"] = alpha * size / before
+    return type(method)(**{**fields, method.size: size})
+
+
 def within(model: nn.Module, method: pt.Method, budget: int) -> pt.Method | None:
     """The method with the largest main size that trains at most `budget` parameters; None if there is none.
 
@@ -119,9 +128,7 @@ def within(model: nn.Module, method: pt.Method, budget: int) -> pt.Method | None
     def count(size: int) -> float:
         if size not in known:
             try:
-                known[size] = trained(
-                    model, type(method)(**{**method.model_dump(exclude_unset=True), method.size: size})
-                )
+                known[size] = trained(model, sized(method, size))
             except PetioleError:
                 known[size] = math.inf
         return known[size]
@@ -132,7 +139,7 @@ def within(model: nn.Module, method: pt.Method, budget: int) -> pt.Method | None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return type(method)(**{**method.model_dump(exclude_unset=True), method.size: low}) if low else None
+    return sized(method, low) if low else None
 
 
 # -------------------------------------------------------------------------------------------------------------------- settings
