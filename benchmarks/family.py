@@ -1,7 +1,7 @@
 """A family of methods on real tasks: each at its own default and at one budget of trained parameters, peers of other libraries beside them.
 
-One recipe for all: the learning rate is searched on validation, three points of the method's own range at half the steps, then every seed
-is trained with the best and scored on test. What is done is kept in one file of lines; the same command goes on after it was stopped.
+One recipe for all: the learning rate is searched on validation, three points of the method's own range at half the steps (once for a
+backbone, where a setting says so), then every seed is trained with the best and scored on test. What is done is kept in one file of lines; the same command goes on after it was stopped.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ class Setting:
 
     Attributes:
         data: as `load_data` takes it. limit: rows of each split at most.
+        rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Setting:
     steps: int
     limit: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 16
+    rates: str = ""
 
     @cached_property
     def task(self) -> Task:
@@ -283,12 +285,16 @@ class Lines:
         return self.known[key]
 
 
-def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines) -> None:
-    """Everything of one setting that is not known yet, seed by seed, so that an early end leaves whole rows of fewer seeds."""
+def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines, others: Lines | None = None) -> None:
+    """Everything of one setting that is not known yet.
+
+    Args:
+        others: of the setting that learning rates are taken from, if they are not searched here.
+    """
     for entry in entries:
         lines.get(f"{entry.key} | cost", lambda entry=entry: cost(setting, entry))
     for entry in entries:
-        rate = searched(setting, entry, lines)
+        rate = searched(setting, entry, lines) if others is None else chosen(entry, others)
         for seed in range(1, seeds + 1):
             if rate is not None:
                 lines.get(
@@ -301,16 +307,17 @@ def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines) 
 
 def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
     """The learning rate that scores best on validation after half the steps; None where none could be trained."""
-    best: tuple[float, float] | None = None
+    half = max(1, setting.steps // 2)
     for rate in entry.grid:
-        half = max(1, setting.steps // 2)
-        line = lines.get(
-            f"{entry.key} | lr {rate:g}",
-            lambda entry=entry, rate=rate, half=half: run(setting, entry, rate, half, 0, ("validation",)),
-        )
-        if "scores" in line and (best is None or line["scores"]["validation"] > best[0]):
-            best = (line["scores"]["validation"], rate)
-    return None if best is None else best[1]
+        lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, half, 0, ("validation",)))
+    return chosen(entry, lines)
+
+
+def chosen(entry: Entry, lines: Lines) -> float | None:
+    """The best of the learning rates that were tried; None where none could be trained."""
+    tried = [(lines.known.get(f"{entry.key} | lr {rate:g}", {}), rate) for rate in entry.grid]
+    scored = [(line["scores"]["validation"], rate) for line, rate in tried if "scores" in line]
+    return max(scored)[1] if scored else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------- report

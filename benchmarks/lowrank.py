@@ -29,13 +29,12 @@ LEFT_OUT = {
 
 def settings(data: Path) -> list[Setting]:
     text = data / "text"
+    rows = {"validation": 600, "test": 750}
     return [
-        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 100),
-        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 150),
-        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 190,
-                {"train": 1500, "validation": 600, "test": 1500}),
-        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 250,
-                {"train": 15000, "validation": 600, "test": 1500}),
+        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 80),
+        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120),
+        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows}, rates="trec6"),
+        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows, rates="trec6"),
     ]  # fmt: skip
 
 
@@ -144,7 +143,8 @@ def main() -> None:
                 asked.output / f"{setting.name}-times.json", {k: v / times[f"lora, {OWN}"] for k, v in times.items()}
             )
         else:
-            family.study(setting, rows, asked.seeds, family.Lines(asked.output, setting.name))
+            others = family.Lines(asked.output, setting.rates) if setting.rates else None
+            family.study(setting, rows, asked.seeds, family.Lines(asked.output, setting.name), others)
 
 
 if __name__ == "__main__":
