@@ -1,7 +1,8 @@
 """A family of methods on real tasks: each at its own default and at one budget of trained parameters, peers of other libraries beside them.
 
 One recipe for all: the learning rate is searched on validation, three points of the method's own range at half the steps (once for a
-backbone, where a setting says so), then every seed is trained with the best and scored on test. What is done is kept in one file of lines; the same command goes on after it was stopped.
+backbone, where a setting says so), then every seed is trained with the best and scored on test. What is done is kept in one file of lines;
+the same command goes on after it was stopped.
 """
 
 from __future__ import annotations
