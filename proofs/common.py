@@ -10,7 +10,9 @@ import argparse
 import datetime
 import json
 import re
+import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -87,6 +89,64 @@ def fit(
         losses.append(float(loss.detach()))
     with torch.no_grad():
         return float((model(x) - y).square().mean()) / losses[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ a text encoder
+
+VOCABULARY, LENGTH = 6, 12
+
+
+class Encoder(nn.Module):
+    """Pre-norm blocks over 12 tokens of 6 kinds, with learned positions; what stands in front of the 12 has none.
+
+    Args:
+        depth: number of blocks. kinds: of tokens in all, where some stand for tasks. size: width.
+    """
+
+    def __init__(self, depth: int, kinds: int = VOCABULARY, size: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(kinds, size)
+        self.position = nn.Parameter(0.02 * torch.randn(LENGTH, size))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(size, 4, 4 * size, dropout=0.0, norm_first=True, batch_first=True)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(size)
+        self.head = nn.Linear(size, VOCABULARY)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Tokens (B, T) -> scores (B, 12, classes) at the last 12; what was put in front is taken away where it left the blocks."""
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        h = torch.cat([h[:, :-LENGTH], h[:, -LENGTH:] + self.position], 1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h[:, -LENGTH:]))
+
+
+def learn(
+    model: nn.Module, groups: Any, batches: Iterable[tuple[Tensor, Tensor]], **options: Any
+) -> tuple[float, float]:
+    """AdamW on cross-entropy at every token. Returns the last loss, and the median seconds of a step."""
+    optimizer, seconds = torch.optim.AdamW(groups, **options), []
+    model.train()
+    for tokens, targets in batches:
+        start = time.perf_counter()
+        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    model.eval()
+    return float(loss.detach()), statistics.median(seconds)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokens: Tensor, targets: Tensor) -> float:
+    """Share of tokens whose class is right."""
+    return float((model(tokens).argmax(-1) == targets).float().mean())
 
 
 # ------------------------------------------------------------------------------------------------------- ranks that have to grow
