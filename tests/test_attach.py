@@ -1063,6 +1063,20 @@ def test_only_the_statistics_of_what_trains_move_and_come_back() -> None:
     assert toys.snapshot(model) == before
 
 
+def test_statistics_move_alone_where_a_method_names_them() -> None:
+    model, batch = toys.model("resnet"), tiny.batch("resnet")
+    path = next(name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    before = {name: toys.bits(tensor) for name, tensor in model.state_dict().items()}
+    tuned = pt.attach(model, [own(f"{path}.running_mean"), pt.LinearProbe()])
+    assert not any(p.requires_grad for p in model.get_submodule(path).parameters(recurse=False))
+    model.train()(**batch)
+    now = {name: toys.bits(tensor) for name, tensor in model.state_dict().items()}
+    changed = {name for name, value in before.items() if now[name] != value}
+    assert changed == {f"{path}.{statistic}" for statistic in ("running_mean", "running_var", "num_batches_tracked")}
+    tuned.detach()
+    assert {name: toys.bits(tensor) for name, tensor in model.state_dict().items()} == before
+
+
 # ------------------------------------------------------------------------------------------------------------- the task head
 
 

@@ -535,6 +535,64 @@ def test_what_is_given_for_each_row_is_given_in_a_mixed_batch() -> None:
 # -------------------------------------------------------------------------------------------------------------- compiled code
 
 
+class Pooled(HiddenDelta):
+    """h <- h + w m, m the mean token number of each row, which is looked up once in a forward pass."""
+
+    counted: list[int]
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((width,), 0.3))
+        self.counted = []
+
+    def forward(self, h: Tensor) -> Tensor:
+        def mean() -> Tensor:
+            self.counted.append(1)
+            return self.host.passing().input("input_ids").float().mean(1)
+
+        return self.gain * self.host.once("mean", mean).view(-1, 1, 1)
+
+
+def pooled() -> tuple[nn.Module, dict[str, Any], pt.Adaptation]:
+    model, batch = toys.model("bert"), tiny.batch("bert", size=4)
+    batch = {name: batch[name] for name in ("input_ids", "labels")}
+    deltas = toys.method(lambda a: [Place(site.at("output"), Pooled(32)) for site in a.sites(["attention"])])
+    return model, batch, pt.attach(model, deltas, train_head=False)
+
+
+def test_what_a_forward_pass_needs_is_computed_once_in_it() -> None:
+    model, batch, tuned = pooled()
+    counted = [slot.delta.counted for slot in tuned.slots]
+    whole = output(model, batch)
+    assert [len(count) for count in counted] == [1, 0]
+    assert torch.equal(toys.first(model(batch["input_ids"])), whole), "the first positional argument has its name"
+    assert [len(count) for count in counted] == [2, 0], "it outlived its forward pass"
+    assert tuned.host.passing() is None
+    with pt.route(model, [None, "default", None, "default"]):
+        mixed = output(model, batch)
+    torch.testing.assert_close(mixed[[1, 3]], whole[[1, 3]])
+    with pt.disabled(model):
+        torch.testing.assert_close(mixed[[0, 2]], output(model, batch)[[0, 2]])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_was_computed_once_is_there_when_a_block_is_computed_again(reentrant: bool) -> None:
+    """Of its own forward pass, though another has run since."""
+    found = []
+    for again in (False, True):
+        model, batch, tuned = pooled()
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        loss = model(**batch).loss
+        model(**{**batch, "input_ids": batch["input_ids"].flip(0)})
+        loss.backward()
+        found.append([p.grad for p in tuned.parameters()])
+        assert sum(len(slot.delta.counted) for slot in tuned.slots) == 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_compiled_code_runs_eagerly_inside_a_context() -> None:
     torch._dynamo.reset()
     model, batch, alone = three()

@@ -14,6 +14,7 @@ import toys
 from petiole import factored
 from petiole.anatomy import Site
 from petiole.cost import saved_bytes
+from petiole.errors import AttachError
 from petiole.factored import Parts
 from petiole.method import Base
 from petiole.methods.lowrank.factors import Product
@@ -23,6 +24,8 @@ RANK = 3
 
 class Cored(Product):
     """ΔW = 2 B C A, C a matrix or a diagonal; A and B frozen if asked."""
+
+    core: nn.Parameter
 
     def __init__(self, site: Site, diagonal: bool, frozen: bool) -> None:
         super().__init__()
@@ -69,6 +72,39 @@ def test_fast_and_plain_agree(name: str, diagonal: bool, frozen: bool, monkeypat
     for key, gradient in plain.items():
         assert (fast[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, key
     assert tuned.merge(check=batch) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "swin"])  # of which the second has windows, several for each row
+def test_each_row_of_the_batch_has_a_core_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast, plain, and each row alone with its own diagonal, with gradients of everything."""
+    model, batch, tuned = adapted(name, True, frozen=False)
+    cores = torch.rand(tiny.BATCH, 1, RANK, generator=torch.Generator().manual_seed(1))
+    for slot in tuned.slots:
+        slot.delta.core = nn.Parameter(cores.clone())
+    fast_output = toys.output(model, batch)
+    loss, fast = gradients(model, batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(factored, "plain", lambda module: False)
+        plain_loss, plain = gradients(model, batch)
+    torch.testing.assert_close(loss, plain_loss)
+    assert fast.keys() == plain.keys() and any(n.endswith("core") for n in fast)
+    for key, gradient in plain.items():
+        assert (fast[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, key
+    for i in range(tiny.BATCH):
+        for slot in tuned.slots:
+            slot.delta.core = nn.Parameter(cores[i, 0])
+        torch.testing.assert_close(toys.output(model, batch)[i], fast_output[i], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_do_not_divide_into_those_of_the_batch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the number of all tokens would divide."""
+    model, batch, tuned = adapted("bert", True, frozen=False)
+    for slot in tuned.slots:
+        slot.delta.core = nn.Parameter(torch.ones(tiny.LENGTH, 1, RANK))
+    for way in (lambda module: False, factored.plain):
+        monkeypatch.setattr(factored, "plain", way)
+        with pytest.raises(AttachError, match="2 rows, which is no multiple of the 7"):
+            toys.output(model, batch)
 
 
 @pytest.mark.parametrize("diagonal", [True, False])

@@ -141,6 +141,7 @@ class Trial:
         came, tensors, hooked = self.outputs(model), values(model), hooks(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         tuned = pt.attach(model, self.cls(**self.setting), seed=1)
+        tuned.calibrate([self.batch])
         bare = self.bare(model)
         if self.cls.identity_at_start:
             same(self.outputs(model), bare, "right after attaching the output is not the bare backbone's")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,6 +155,12 @@ class Adaptation:
         from petiole.proof import check
 
         check(self, batch, loss)
+
+    def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Let the methods that learn from data before training look at these batches, as every trainer does before its first step."""
+        for number, method in enumerate(self.methods):
+            if method.overrides("calibrate"):
+                method.calibrate(self.moment(number), batches)
 
     # ---- on and off
 

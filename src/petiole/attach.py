@@ -10,7 +10,7 @@ import hashlib
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -302,6 +302,8 @@ class Host:
         self._first: dict[str, str] = {}
         self._lock = Lock()
         self._inside: dict[int, int] = {}  # by thread: how many entries are running
+        self._passes: dict[int, context.Pass] = {}  # by thread: the forward pass that runs
+        self._pass_compiled: context.Pass | None = None
         self._foreign = False  # whether a forward pass that needs gradients ran in a context
         self._frozen: set[str] = set()  # layers with running statistics that were put in evaluation mode
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -387,6 +389,29 @@ class Host:
         names = now.rows.get(id(self))
         return value if names is None else context.of_rows_seen(value, len(names))
 
+    def passing(self) -> context.Pass | None:
+        """The forward pass of the whole model that runs in this thread; None where a part of it is called alone."""
+        return self._pass_compiled if torch.compiler.is_compiling() else self._passes.get(threading.get_ident())
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, computed by whoever asks first in a forward pass; its recomputation finds it too.
+
+        A value for each row of the batch is made for all of them; what is returned is that of the rows seen, as with `given`.
+        """
+        within = self.passing()
+        if torch.compiler.is_compiling():
+            if within is None:
+                return make()
+            if name not in within.found:
+                within.found[name] = make()
+            return within.found[name]
+        with context.seeing(None):
+            value = within.found[name] if within is not None and name in within.found else make()
+        if within is not None:
+            within.found[name] = value
+        names = self.row_names()
+        return value if names is None else context.of_rows_seen(value, len(names))
+
     def prior(self, slot: Slot) -> list[Slot]:
         """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise."""
         path = self.first_path(slot.site.caller or slot.site.path)
@@ -430,6 +455,8 @@ class Host:
         self.freeze_statistics()
         if torch.compiler.is_compiling():
             self.refuse_aside()
+            if module is self.model or self._pass_compiled is None:
+                self._pass_compiled = context.Pass(module, args, kwargs)
             return
         attention.keep_on(self)
         if module.training and torch.is_grad_enabled():
@@ -439,10 +466,13 @@ class Host:
                 if layer.gradient_checkpointing and function is not None and not isinstance(function, Recall):
                     layer._gradient_checkpointing_func = Recall(function, self)  # type: ignore[assignment]
         self.begin()
+        self._passes.setdefault(threading.get_ident(), context.Pass(module, args, kwargs))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook of the same; called even when the forward failed."""
         if torch.compiler.is_compiling():
+            if self._pass_compiled is not None and module is self._pass_compiled.module:
+                self._pass_compiled = None
             return None
         self.end()
         if module is self.model and module.training and torch.is_grad_enabled():
@@ -478,7 +508,9 @@ class Host:
         left = self._inside.pop(me, 0) - 1
         if left > 0:
             self._inside[me] = left
-        elif self._lock.held():
+            return
+        self._passes.pop(me, None)
+        if self._lock.held():
             self.bring_back()
             self._lock.release()
 
@@ -523,11 +555,13 @@ class Host:
                 )
 
     @contextmanager
-    def resumed(self, held: Sequence[tuple[Slot, Any]]) -> Iterator[None]:
-        """As inside the forward pass in which `held` was held, for computing a part of it again."""
+    def resumed(self, held: Sequence[tuple[Slot, Any]], within: context.Pass | None) -> Iterator[None]:
+        """As inside the forward pass `within`, in which `held` was held, for computing a part of it again."""
         me = threading.get_ident()
-        before, streams = self.holding(), self.streams.take()
+        before, streams, outer = self.holding(), self.streams.take(), self._passes.get(me)
         self.begin()
+        if within is not None:
+            self._passes[me] = within
         try:
             for slot, value in held:
                 slot._held[me] = value
@@ -538,6 +572,8 @@ class Host:
             for slot, value in before:
                 slot._held[me] = value
             self.end()
+            if outer is not None:
+                self._passes[me] = outer
             self.streams.take()
             self.streams.bring_back(streams)
 
@@ -823,7 +859,8 @@ def install(model: nn.Module, made: Plan, found: Anatomy, *, name: str, seed: in
         for number, shared in made.shared.items():
             model.add_module(f"{_CHILD}_shared_{name}-{number}", shared.train(model.training))
         for own in made.trained:
-            host.tensor(own).requires_grad_(True)
+            if isinstance(tensor := host.tensor(own), nn.Parameter):  # running statistics may be named, too
+                tensor.requires_grad_(True)
         host.active = (name,)
         forget_compiled()
         for number, method in enumerate(made.methods):

@@ -120,9 +120,9 @@ _SEEN: ContextVar[tuple[torch.Tensor, int] | None] = ContextVar("petiole_rows", 
 
 
 @contextmanager
-def seeing(rows: torch.Tensor, count: int) -> Iterator[None]:
-    """What runs inside sees these rows of a hidden state that has `count`."""
-    token = _SEEN.set((rows, count))
+def seeing(rows: torch.Tensor | None, count: int = 0) -> Iterator[None]:
+    """What runs inside sees these rows of a hidden state that has `count`; all of them without any."""
+    token = _SEEN.set(None if rows is None else (rows, count))
     try:
         yield
     finally:
@@ -142,6 +142,33 @@ def of_rows_seen(value: Any, batch: int) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == batch:
         return type(value)(value[i] for i in mine.tolist())
     return value
+
+
+class Pass:
+    """One forward pass as deltas see it: what the model was given, and what is computed once in it.
+
+    Attributes:
+        module: the outermost model that runs. args, kwargs: of its forward.
+        found: what `Host.once` has computed so far, by name.
+    """
+
+    def __init__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs
+        self.found: dict[str, Any] = {}
+
+    def input(self, name: str) -> Any:
+        """An argument by name; the first positional one if the model calls its main input so. None if there is none."""
+        if self.args and getattr(self.module, "main_input_name", "") == name:
+            return self.args[0]
+        return self.kwargs.get(name)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the first tensor among the arguments; None if there is none."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.ndim:
+                return value.shape[0]
+        return None
 
 
 class Recall:
@@ -178,12 +205,13 @@ class _Twice:
         self.host, self.function, self.first = host, function, True
         # A copy, so that even the empty context is known for one that was brought back.
         self.context, self.held = replace(_CURRENT.get()), host.holding()
+        self.within = host.passing()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.first:
             self.first = False
             return self.function(*args, **kwargs)
-        with entered(self.context), self.host.resumed(self.held):
+        with entered(self.context), self.host.resumed(self.held, self.within):
             return self.function(*args, **kwargs)
 
 

@@ -8,7 +8,7 @@ one backward gives everything:
 
 What costs memory is x itself, which frozen weights would not need. It is not kept where the backbone keeps what it comes from: x is
 mostly the output of a normalisation, an activation or attention, whose own nodes hold enough to compute it again (`Again`).
-Where A is frozen and only a core between A and B trains, x is not needed at all.
+Where A is frozen and only a core between A and B trains, x is not needed at all. A core may also differ between the rows of the batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# A (r, in), B (out, r), scale, Δb or None; then a core C (r, r) or (r,), if there is one.
+from petiole.errors import AttachError
+
+# A (r, in), B (out, r), scale, Δb or None; then a core C (r, r), (r,) or (n, 1, r), if there is one.
 Parts = tuple[Tensor, Tensor, float, Tensor | None] | tuple[Tensor, Tensor, float, Tensor | None, Tensor]
 
 
@@ -33,7 +35,7 @@ class Factor:
     Attributes:
         A: (r, in). B: (n, r), with n the number of rows. bias: (n,) or None.
         rows: (start, stop) of the output features that change; None for all.
-        core: C (r, r), or its diagonal (r,); None for the identity.
+        core: C (r, r), its diagonal (r,), or a diagonal for each row of the batch (n, 1, r); None for the identity.
     """
 
     A: Tensor
@@ -55,12 +57,23 @@ class Factor:
 
 
 def between(low: Tensor, core: Tensor | None, transposed: bool = False) -> Tensor:
-    """low (..., r) -> C low, or Cᵀ low, for a core (r, r), a diagonal (r,) or None."""
+    """low (..., r) -> C low, or Cᵀ low, for a core (r, r), a diagonal (r,), one for each row of the batch (n, 1, r), or None."""
     if core is None:
         return low
     if core.ndim == 1:
         return low * core
+    if core.ndim == 3:  # windows and flattened tokens follow their row
+        check_rows(low, core)
+        return (low.reshape(core.shape[0], -1, core.shape[2]) * core).reshape(low.shape)
     return low @ (core if transposed else core.T)
+
+
+def check_rows(h: Tensor, core: Tensor | None) -> None:
+    """Raises AttachError: a core for each row of the batch, but the rows of the hidden state don't divide into them."""
+    if core is not None and core.ndim == 3 and h.shape[0] % core.shape[0]:
+        raise AttachError(
+            f"a hidden state has {h.shape[0]} rows, which is no multiple of the {core.shape[0]} rows of the batch"
+        )
 
 
 def plain(module: nn.Module) -> bool:
@@ -90,6 +103,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def add(x: Tensor, y: Tensor, module: nn.Module, factors: Sequence[Factor]) -> Tensor:
     """x (..., in), y = W x + b (..., out) computed from a detached x -> y with all factors added, IN PLACE where y allows it."""
+    for factor in factors:
+        check_rows(x, factor.core)
     options = [(f.scale, f.rows, f.core is not None, f.bias is not None) for f in factors]
     tensors = [t for f in factors for t in f.tensors()]
     weight: Any = module.weight  # what the module itself uses: what another adaptation trained may be put aside
@@ -234,7 +249,9 @@ def firsts(values: Sequence[Any], options: Sequence[Any]) -> list[Any]:
 
 
 def core_gradient(outer: Tensor, low: Tensor, core: Tensor) -> Tensor:
-    """Bᵀ g (r, N) and s A x (r, N) -> the gradient of C, or of its diagonal."""
+    """Bᵀ g (r, N) and s A x (r, N) -> the gradient of C, or of its diagonal, or of those of the rows of the batch."""
+    if core.ndim == 3:
+        return (outer * low).view(len(outer), len(core), -1).sum(2).T[:, None].to(core.dtype)
     return ((outer * low).sum(1) if core.ndim == 1 else outer @ low.T).to(core.dtype)
 
 

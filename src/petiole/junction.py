@@ -178,7 +178,7 @@ class WeightSlot(Slot):
         x = args[0] if args else of_input(args, kwargs)[0]
         y, put = of_output(output)
         if (
-            any(part is None for part in parts)
+            any(part is None or (len(part) == 5 and part[4].ndim == 3) for part in parts)
             or len(rows) > 1
             or y.shape[0] % index.shape[0]
             or self.site.kind != "linear"

@@ -108,7 +108,8 @@ class WeightDelta(Delta):
     def factored(self) -> Parts | None:
         """A (r, in), B (out, r), scale and Δb with ΔW = scale · B A, if in this forward pass the change is nothing more than that.
 
-        A fifth is a core C between them, (r, r) or its diagonal (r,): ΔW = scale · B C A. Worth it where C trains and A is frozen.
+        A fifth is a core C between them, (r, r) or its diagonal (r,): ΔW = scale · B C A. Worth it where C trains and A is frozen, or
+        where C is a diagonal (n, 1, r) of its own for each of the n rows of the batch.
         """
         return None
 
@@ -167,6 +168,12 @@ class OneRow:
 
     def given(self, name: str, default: Any = None) -> Any:
         raise AttachError(f"{name} is given for the whole batch")
+
+    def passing(self) -> Any:
+        raise AttachError("a forward pass is of the whole batch")
+
+    def once(self, name: str, make: Any) -> Any:
+        raise AttachError(f"{name} is computed for the whole batch")
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
@@ -549,7 +556,7 @@ class Method(BaseModel):
         """Tie the deltas to the shared module, or to each other. Called once after both are built and initialised."""
 
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
-        """Names of the backbone's own parameters that train in place."""
+        """Names of the backbone's own parameters that train in place, and of running statistics that move."""
         return ()
 
     def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:

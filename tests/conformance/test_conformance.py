@@ -137,7 +137,10 @@ class Case:
         self, model: nn.Module | None = None, method: Any = None, **options: Any
     ) -> tuple[nn.Module, pt.Adaptation]:
         model = self.model() if model is None else model
-        return model, pt.attach(model, small(self.cls) if method is None else method, **options)
+        tuned = pt.attach(model, small(self.cls) if method is None else method, **options)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            tuned.calibrate([self.batch])
+        return model, tuned
 
     def shaken(self, **options: Any) -> tuple[nn.Module, pt.Adaptation]:
         """Attached, and moved as if trained."""
