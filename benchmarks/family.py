@@ -48,6 +48,7 @@ class Entry:
         put: a fresh model and the steps of the run -> what trains: an adaptation, or a model that another library made.
         about: the configuration, in words.
         around: entered around training and scoring, for methods that need a value for each pass.
+        lean: what is put instead where bytes are measured: the same numbers, not made faster by memory. `put` if None.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Entry:
     rates: tuple[float, float]
     about: str = ""
     around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    lean: Callable[[nn.Module, int], pt.Adaptation | nn.Module] | None = None
 
     @property
     def key(self) -> str:
@@ -218,7 +220,7 @@ def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate:
 
 def cost(setting: Setting, entry: Entry) -> Line:
     """What is kept for a backward pass, and what a file takes. Times are taken by `steps`, all rows in turn."""
-    made = entry.put(setting.backbone(0), setting.steps)
+    made = (entry.lean or entry.put)(setting.backbone(0), setting.steps)
     model = made.model if isinstance(made, pt.Adaptation) else made
     heads = [site.path for site in pt.anatomy(setting.backbone(0)).heads()]
     with entry.around(model):
@@ -239,7 +241,7 @@ def steps(setting: Setting, entries: Sequence[Entry], repeats: int) -> dict[str,
     candidates: dict[str, Callable[[], None]] = {}
     batch = setting.batch()
     for entry in entries:
-        made = entry.put(setting.backbone(0), setting.steps)
+        made = (entry.lean or entry.put)(setting.backbone(0), setting.steps)
         model = (made.model if isinstance(made, pt.Adaptation) else made).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def entries(model: nn.Module) -> Iterator[Entry]:
     for slug in ("lora", "dora", "ia3", "svfit", "slora", "nlora", "inttune", "nola", "mos", "mola", "pego"):
         if slug not in pt.method.registry():
             continue
-        fixed = {"cache_basis": "always"} if slug == "nola" else {}  # the same numbers, four times as fast
-        method = find(slug)(**fixed)
-        yield own(method)
+        method = find(slug)()
+        sizes = [(OWN, method)]
         if slug != "lora" and slug not in LEFT_OUT:  # on the sites of LoRA's default, too
-            yield own(within(model, find(slug)(roles=ROLES, **fixed), budget) or method, budget=EQUAL)
+            sizes.append((EQUAL, within(model, find(slug)(roles=ROLES), budget) or method))
+        for kind, sized in sizes:
+            fast = sized.model_copy(update={"cache_basis": "always"}) if slug == "nola" else sized
+            yield replace(own(fast, budget=kind), about=own(sized).about, lean=own(sized).put)
     for slug, rank in (("increlora", 8), ("triadaptlora", 8)):
         if slug in pt.method.registry():
             yield own(growing(slug, rank), budget=EQUAL)
