@@ -252,11 +252,15 @@ def test_tokens_at_each_block_take_the_place_of_the_earlier_ones(family: str, de
 # ------------------------------------------------------------------------------------------------------------------ generation
 
 
-def by_hand(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor, steps: int) -> Tensor:
-    """Greedy decoding that computes everything anew in every step, without a cache and without `generate`."""
+def by_hand(model: nn.Module, ids: Tensor, mask: Tensor, tokens: Tensor, steps: int, change: Any = 0) -> Tensor:
+    """Greedy decoding that computes everything anew in every step, without a cache and without `generate`.
+
+    Args:
+        change: of the embeddings of `ids`.
+    """
     rows = len(ids)
     mask = torch.cat([mask.new_ones(rows, len(tokens)), mask], 1)
-    embeds = torch.cat([tokens.expand(rows, -1, -1), model.get_input_embeddings()(ids)], 1)
+    embeds = torch.cat([tokens.expand(rows, -1, -1), model.get_input_embeddings()(ids) + change], 1)
     made = []
     for _ in range(steps):
         if model.config.is_encoder_decoder:
@@ -313,6 +317,120 @@ def test_a_step_with_a_cache_from_before_goes_on_without_the_tokens(masked: bool
         wanted = model(ids[:, -1:], past_key_values=copy.deepcopy(cache), **more).logits
         pt.attach(model, prompt(3))
         assert torch.equal(model(ids[:, -1:], past_key_values=copy.deepcopy(cache), **more).logits, wanted)
+
+
+# ------------------------------------------------------------------------------------------ what the tokens are put in front of
+
+
+class Rows(Tokens):
+    """Adds a row of a table to each token by its place, and keeps the places."""
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__(length, size)
+        self.table = nn.Parameter(torch.empty(16, size))
+
+    def initialise(self, generator: torch.Generator, base: Any) -> None:
+        self.tokens.normal_(generator=generator)
+        self.table.normal_(generator=generator)
+
+    def joined(self, h: Tensor, places: Tensor) -> Tensor:
+        self.seen = places
+        return h + self.table[places.clamp_min(0)] * (places >= 0)[..., None]
+
+
+def rows(length: int = 2, width: int = 32, stack: str | None = None) -> Method:
+    def places(anatomy: Anatomy) -> list[Place]:
+        site = toys.whole_block(anatomy, 0, stack or anatomy.stacks[0].name).at("input")
+        return [Place(site, Rows(length, width))]
+
+    return toys.method(places)
+
+
+@pytest.mark.parametrize(
+    ("mask", "places"),
+    [
+        ([[1, 1, 1, 1], [1, 1, 0, 0]], [[0, 1, 2, 3]]),  # padding behind goes on counting
+        ([[1, 1, 1, 1], [0, 0, 1, 1]], [[0, 1, 2, 3], [0, 0, 0, 1]]),
+        ([[0, 1, 1, 0], [1, 0, 0, 1]], [[0, 0, 1, 2], [0, 0, 0, 1]]),
+        (None, [[0, 1, 2, 3]]),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_places_are_those_of_real_tokens(family: str, mask: Any, places: list[list[int]]) -> None:
+    model, ids = toys.model(family), tiny.batch(family)["input_ids"][:, :4]
+    tuned = pt.attach(model, rows())
+    model(ids, attention_mask=None if mask is None else torch.tensor(mask))
+    assert tuned.slots[0].delta.seen.tolist() == places
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma", "t5", "bart", "opt"])
+def test_what_the_tokens_are_put_in_front_of_changes_where_embeddings_enter(family: str) -> None:
+    """As if the caller had given embeddings that are changed: before positions, norms and projections, in the encoder alone."""
+    model, batch = toys.model(family), tiny.batch(family)
+    hand = copy.deepcopy(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    tuned = pt.attach(model, rows(width=width), train_head=False)
+    delta = tuned.slots[0].delta
+    wanted = longer(hand, batch, delta.tokens)
+    wanted["inputs_embeds"] = wanted["inputs_embeds"] + torch.cat([torch.zeros_like(delta.tokens), delta.table[:7]])
+    tuned.check(batch)
+    if family == "bert":  # whose head reads the first token, here the first of the test's own
+        model, hand = model.bert, hand.bert
+        batch, wanted = ({k: v for k, v in each.items() if k != "labels"} for each in (batch, wanted))
+    with torch.no_grad():
+        found, by_hand = first(model(**batch)), first(hand(**wanted))
+    by_hand = by_hand[:, by_hand.shape[1] - found.shape[1] :]
+    seen = batch["attention_mask"].bool() if found.shape[1] == 7 else slice(None)
+    torch.testing.assert_close(found[seen], by_hand[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_images_among_a_text_are_no_text() -> None:
+    model, batch = toys.model("llava"), tiny.batch("llava")
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    batch["attention_mask"][1, :] = torch.tensor([1, 1, 1, 1, 1, 1, 0])
+    batch.pop("labels")
+    tuned = pt.attach(model, rows(stack="text"))
+    model(**batch)  # four tokens of an image, then the text
+    assert tuned.slots[0].delta.seen.tolist() == [[-1, -1, -1, -1, 0, 1, 2]] * 2
+    model(input_ids=batch["input_ids"][:, 4:])
+    assert tuned.slots[0].delta.seen.tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_was_generated_is_left_as_it_is(family: str) -> None:
+    """With and without a cache, however often, and whatever came before."""
+    model, ids = toys.model(family), tiny.batch(family, size=3)["input_ids"]
+    hand = copy.deepcopy(model)
+    tuned = pt.attach(model, rows())
+    delta, mask = tuned.slots[0].delta, torch.ones_like(ids)
+    mask[1, :2] = 0
+    model.generation_config.eos_token_id = None
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        change = delta.table[(mask.cumsum(1) - 1).clamp_min(0)]
+        wanted = by_hand(hand, ids, mask, delta.tokens, 5, change)
+        assert not torch.equal(wanted, by_hand(hand, ids, mask, delta.tokens, 5)), "the change makes no difference"
+    for cached in (True, False, False, True):
+        assert torch.equal(model.generate(ids, use_cache=cached, **options)[:, 7:], wanted), cached
+    longer = torch.cat([ids, wanted], 1)
+    with torch.no_grad():  # an ordinary pass over more tokens is no generation, though it begins alike
+        model(longer[:, :8], use_cache=True)
+    assert delta.seen.shape[1] == 8
+
+
+def test_rows_of_a_batch_change_their_own_text() -> None:
+    model, batch = toys.model("llama"), tiny.batch("llama", size=3)
+    for name in ("a", "b"):
+        pt.attach(model, rows(2 if name == "a" else 3), name=name, seed=ord(name))
+    alone = {}
+    for name in ("a", "b", None):
+        with pt.route(model, name):
+            alone[name] = output(model, batch)
+    with pt.route(model, ["b", None, "a"]):
+        mixed = output(model, batch)
+    for row, name in enumerate(("b", None, "a")):
+        seen = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(mixed[row][seen], alone[name][row][seen], rtol=1e-4, atol=1e-5)
 
 
 def test_what_can_not_be_lengthened_is_refused() -> None:

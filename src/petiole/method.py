@@ -46,6 +46,9 @@ def stack_field() -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- deltas
 
 
+RATE_FACTOR = "rate_factor"  # in a group of an optimiser: its learning rate as a multiple of the run's
+
+
 class Delta(nn.Module):
     """The change at one site. Subclass one of the kinds below; they differ in what `forward` is given and may return."""
 
@@ -237,6 +240,17 @@ class TokenDelta(Delta):
 
     def forward(self, batch: int) -> Tensor:
         raise NotImplementedError
+
+    def joined(self, h: Tensor, places: Tensor) -> Tensor:
+        """What the tokens are put in front of, h (B, T, d) -> the same, changed: where they enter, so before positions are added.
+
+        While decoding, what was generated does not come here.
+
+        Args:
+            places: (B, T), of each token in its row's own text, from 0. Padding in front does not count, padding behind goes on
+                counting; -1 for what is no text (an image's tokens among those of a text). (1, T): 0 to T - 1 in every row.
+        """
+        return h
 
 
 class BlockDelta(Delta):

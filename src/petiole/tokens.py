@@ -4,7 +4,7 @@ Two ways in. Where the stack belongs to a text model that takes `inputs_embeds`,
 caches are then the model's own business, and only what the caller passed (2-D mask, position ids, token types) is lengthened. In vision
 and audio models they are put in front of the patch tokens, at the input of the first block they act on. A decoder fed by an encoder
 goes on seeing the encoder's extra tokens, so there they are kept. Taking them away after the last block means that labels, logits,
-pooling and generation never see them.
+pooling and generation never see them. A delta may also change what its tokens are put in front of (`joined`).
 
 Where rows of a batch take different tokens (`pt.route`), or none, all are laid out to the same length, and what is left over is masked:
 at the end in an encoder, so that positions are those of each row alone; in front in a decoder, whose cache then grows evenly.
@@ -13,6 +13,7 @@ at the end in an encoder, so that positions are those of each row alone; in fron
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from petiole.errors import AttachError
 from petiole.junction import Args, Kwargs, Point, Slot, of_input, of_output, on_rows
+from petiole.method import TokenDelta
 
 _CACHES = ("cache", "past_key_values")
 _ENCODED = "encoder_attention_mask"
@@ -129,6 +131,10 @@ class TokenSlot(Slot):
         blocks = stack.blocks
         refuse_windows(host.model, site.stack, blocks)
         self.leader = self.first()
+        self.joins = type(self.delta).joined is not TokenDelta.joined
+        self.begun: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # by thread: generation without a cache, its input and last length
         self.names: dict[
             type[nn.Module], tuple[str, ...]
         ] = {}  # of arguments, by the class of a module that takes tokens
@@ -147,6 +153,9 @@ class TokenSlot(Slot):
             around = {text_entry(host.model, s.blocks[0].path) for s in decoders} - {entry, None}
             readers = [path for path in sorted(filter(None, around)) if _ENCODED in parameters_of(host.module(path))]
             self.names = {type(host.module(path)): parameters_of(host.module(path)) for path in (entry, *readers)}
+            if self.joins and (outer := text_entry(host.model, entry)) is not None:
+                self.names[type(host.module(outer))] = parameters_of(host.module(outer))
+                yield Point(outer, "before", "overhear")
             yield Point(entry, "before", "embed", owns=True)
             for reader in readers:  # which goes on seeing them, so they are kept
                 yield Point(reader, "before", "lengthen")
@@ -223,6 +232,7 @@ class TokenSlot(Slot):
         cache = next((kwargs[n] for n in _CACHES if kwargs.get(n) is not None), None)
         seen = int(cache.get_seq_length()) if cache is not None else 0
         embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+        outer = self.release() if self.joins else None
         if embeds is None and ids is not None and seen == 0:
             embeds = module.get_input_embeddings()(ids)  # type: ignore[operator]
             kwargs["input_ids"] = None
@@ -233,6 +243,8 @@ class TokenSlot(Slot):
         if layout is not None and layout.slots[0] is not self:
             return (), kwargs  # that one does it for all
         if seen == 0:
+            if any(slot.joins for slot in ((self,) if layout is None else layout.slots)):
+                source = self.joined_text(module, source, ids, outer if ids is None else None, kwargs, layout)
             kwargs["inputs_embeds"] = self.with_tokens(source, layout)
         self.hold(self.runs if seen == 0 else 0)
         if layout is None:
@@ -240,6 +252,63 @@ class TokenSlot(Slot):
         else:
             self.lay_masks(layout, kwargs, source, seen)
         return (), kwargs
+
+    def overhear(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        """The ids that a model around is given, where it may put images among the embeddings of a text."""
+        self.hold({**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}.get("input_ids"))
+
+    def joined_text(
+        self,
+        module: nn.Module,
+        h: Tensor,
+        ids: Tensor | None,
+        outer: Any,
+        kwargs: Kwargs,
+        layout: Layout | None,
+    ) -> Tensor:
+        """The embeddings h (B, T, d) of a text, changed by everybody's deltas.
+
+        Args:
+            ids: (B, T), those of h. outer: those that a model around was given, if it made embeddings of them itself.
+        """
+        mask = kwargs.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == h.shape[1] else None
+        if isinstance(outer, Tensor) and outer.shape == h.shape[:2]:
+            own = (module.get_input_embeddings()(outer) == h).all(-1)  # type: ignore[operator]
+            places = numbered(own if mask is None else own & mask).masked_fill(~own, -1)
+        else:
+            places = torch.arange(h.shape[1], device=h.device)[None] if mask is None else numbered(mask)
+        given = self.given_tokens(module, ids, kwargs) if ids is not None else h.shape[1]
+        if given == h.shape[1]:
+            return self.joined(h, places, layout)
+        return torch.cat([self.joined(h[:, :given], places[:, :given], layout), h[:, given:]], 1)
+
+    def given_tokens(self, module: nn.Module, ids: Tensor, kwargs: Kwargs) -> int:
+        """How many of the tokens (B, T) were given: all, but where generation goes on without a cache, which starts anew each time.
+
+        It is known by `use_cache=False` and one token more than in this thread's last pass, behind the same input.
+        """
+        length = ids.shape[1]
+        if torch.compiler.is_compiling() or module.training or kwargs.get("use_cache") is not False:
+            return length
+        me = threading.get_ident()
+        first, last = self.begun.pop(me, (ids, length))
+        if length != last + 1 or len(first) != len(ids) or not torch.equal(first, ids[:, : first.shape[1]]):
+            first = ids
+        self.begun[me] = first, length
+        return first.shape[1]
+
+    def joined(self, h: Tensor, places: Tensor, layout: Layout | None) -> Tensor:
+        """h (B, T, d) as each row's delta changes it."""
+        if layout is None:
+            return self.delta.joined(h, places)
+        for number, rows in layout.groups():
+            if number >= 0 and layout.slots[number].joins:
+                mine = torch.tensor(rows, device=h.device)
+                own = places.expand(len(h), -1).index_select(0, mine)
+                changed = layout.slots[number].delta.joined(h.index_select(0, mine), own)
+                h = h.index_copy(0, mine, changed.to(h.dtype))
+        return h
 
     def positions(self, entry: str) -> str:
         """Where the model that embeds takes positions from: "given", the "mask", "fixed" by their order, or "none" (relative ones)."""
@@ -336,6 +405,7 @@ class TokenSlot(Slot):
         layout = self.layout(h.shape[0])
         if layout is not None and layout.slots[0] is not self:
             return args, kwargs  # that one does it for all
+        h = self.joined(h, torch.arange(h.shape[1], device=h.device)[None], layout)
         args, kwargs = put(self.with_tokens(h, layout))
         self.hold(1)
         return self.widened(module, args, kwargs, layout)
@@ -429,6 +499,17 @@ class TokenSlot(Slot):
         h, put = of_output(output)
         layout = self.layout(h.shape[0])
         return put(h[:, self.length :] if layout is None else layout.stripped(h))
+
+
+def numbered(mask: Tensor) -> Tensor:
+    """Which tokens are real (B, T) -> the place of each among those of its row, (B, T), or (1, T) where no row has padding in front.
+
+    What comes behind the last real one goes on counting, so that no place depends on how far a row is padded.
+    """
+    if not torch.compiler.is_compiling() and bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return torch.arange(mask.shape[1], device=mask.device)[None]
+    behind = mask.flip(1).cumsum(1).flip(1) == 0
+    return ((mask | behind).cumsum(1) - 1).clamp_min(0)
 
 
 def laid_positions(layout: Layout, positions: Tensor, shift: Tensor) -> Tensor:

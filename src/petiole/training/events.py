@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from petiole.adaptation import Adaptation
 from petiole.attach import forget_compiled, need_host
 from petiole.errors import FileError, TrainingError
-from petiole.method import Moment
+from petiole.method import RATE_FACTOR, Moment
 from petiole.proof import Proof, some
 from petiole.training import groups, processes
 
@@ -94,7 +94,7 @@ class Events:
     def learning_rate(self) -> float:
         """Of the run: a group with a factor of its own learns at a multiple of it."""
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {"lr": 0.0}
-        return float(group["lr"]) / group.get(groups.FACTOR, 1.0)
+        return float(group["lr"]) / group.get(RATE_FACTOR, 1.0)
 
     @property
     def has_terms(self) -> bool:

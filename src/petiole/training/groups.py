@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from petiole.adaptation import Adaptation
 from petiole.attach import need_host
 from petiole.errors import FileError, TrainingError
+from petiole.method import RATE_FACTOR
 
-FACTOR = "rate_factor"  # in a group: its learning rate as a multiple of the run's
 _PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # lists of a schedule with one rate for each group
 Kind = tuple[bool, float]  # whether it decays, the factor of its learning rate
 
@@ -72,7 +72,7 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
             "params": parameters,
             "lr": learning_rate * factor,
             "weight_decay": weight_decay if decays else 0.0,
-            **({FACTOR: factor} if factor != 1 else {}),
+            **({RATE_FACTOR: factor} if factor != 1 else {}),
         }
         for (decays, factor), parameters in sorted(members.items(), key=lambda item: item[0][1] != 1)
     ]
@@ -88,7 +88,7 @@ def unmet(model: nn.Module, optimizer: Optimizer) -> list[str]:
         for p in group["params"]
         if id(p) in names
         and (
-            kind[id(p)][1] != group.get(FACTOR, 1.0)
+            kind[id(p)][1] != group.get(RATE_FACTOR, 1.0)
             or (group.get("weight_decay") and p.ndim > 1 and not kind[id(p)][0])
         )
     ]
@@ -113,8 +113,10 @@ def spread(optimizer: Optimizer, kind: Mapping[int, Kind]) -> None:
             parts.setdefault(kind.get(id(parameter), (True, 1.0))[1], []).append(parameter)
         for factor, parameters in (parts or {1.0: []}).items():
             own = {**group, "params": parameters}
-            groups.append(own if factor == 1 else {**own, "lr": group["lr"] * factor, FACTOR: factor})
-    optimizer.param_groups[:] = sorted(groups, key=lambda group: FACTOR in group)  # logs show the first group's rate
+            groups.append(own if factor == 1 else {**own, "lr": group["lr"] * factor, RATE_FACTOR: factor})
+    optimizer.param_groups[:] = sorted(
+        groups, key=lambda group: RATE_FACTOR in group
+    )  # logs show the first group's rate
 
 
 def add(
@@ -128,14 +130,14 @@ def add(
     old = list(optimizer.param_groups)
     decay = max((group.get("weight_decay", 0.0) for group in old), default=0.0)
     for (decays, factor), members in partition(parameters, kind).items():
-        like = next((i for i, group in enumerate(old) if group.get(FACTOR, 1.0) == factor), 0)
-        ratio = factor / old[like].get(FACTOR, 1.0)
-        options = {k: v for k, v in old[like].items() if k not in ("params", "param_names", FACTOR)}
+        like = next((i for i, group in enumerate(old) if group.get(RATE_FACTOR, 1.0) == factor), 0)
+        ratio = factor / old[like].get(RATE_FACTOR, 1.0)
+        options = {k: v for k, v in old[like].items() if k not in ("params", "param_names", RATE_FACTOR)}
         options |= {k: options[k] * ratio for k in ("lr", "initial_lr", "max_lr", "min_lr") if k in options}
         if "weight_decay" in options:
             options["weight_decay"] = decay if decays else 0.0
         if factor != 1:
-            options[FACTOR] = factor
+            options[RATE_FACTOR] = factor
         follow(scheduler, like, ratio, clock)
         if clock is not None:
             options["lr"] = options.get("initial_lr", options["lr"]) * clock(clock.born)

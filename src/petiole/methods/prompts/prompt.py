@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Block, Site, Stack
 from petiole.errors import AnatomyError, AttachError
+from petiole.junction import embedding_scale
 from petiole.method import Base, Method, Moment, Place, TokenDelta
 
 
@@ -46,34 +47,20 @@ class PromptTuning(Method):
     )
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        stack, embedding = self.entry(anatomy)
+        stack, embedding = text_input(self.slug, anatomy, self.stack)
         yield Place(whole(stack.blocks[0]), Prompt(self.length, embedding.out_features))
-
-    def entry(self, anatomy: Anatomy) -> tuple[Stack, Site]:
-        """The stack that the tokens join, and what embeds its own."""
-        embeddings = [site for site in anatomy.outside if site.role == "embedding"]
-        if not embeddings:
-            raise AttachError(
-                f"prompt-tuning: {anatomy.model_class} embeds no tokens; vpt puts prompts before image and audio patches"
-            )
-        if self.stack is None:
-            return beside(anatomy, embeddings[0]), embeddings[0]
-        stack = anatomy.stack(self.stack)
-        return stack, max(embeddings, key=lambda site: common(site.path, stack.containers[0]))
 
     def on_attach(self, moment: Moment) -> None:
         """Copy the embeddings of random tokens into the prompt."""
         if self.init != "vocabulary":
             return
-        host = next(iter(moment.deltas.values())).host
-        embedding = self.entry(host.anatomy)[1]
-        table = getattr(host.module(embedding.path), embedding.parameter)
         generator = torch.Generator().manual_seed(moment.seed)
         for delta in moment.deltas.values():
+            table, scale = vocabulary(self.slug, delta.host, self.stack)
             if isinstance(delta, Prompt) and table.device.type != "meta" and table.shape[1] == delta.tokens.shape[1]:
                 rows = torch.randint(table.shape[0], (self.length,), generator=generator).to(table.device)
                 with torch.no_grad():
-                    delta.tokens.copy_(table[rows])
+                    delta.tokens.copy_(scale * table[rows])
 
 
 class VisualPromptTuning(Method):
@@ -108,6 +95,30 @@ class VisualPromptTuning(Method):
             if self.stack is not None or len(patches) != 1:
                 raise
             return beside(anatomy, patches[0])
+
+
+def text_input(slug: str, anatomy: Anatomy, name: str | None) -> tuple[Stack, Site]:
+    """The stack of that name (None: the first that reads a text), and what embeds its tokens.
+
+    Raises:
+        AttachError: nothing embeds tokens.
+    """
+    embeddings = [site for site in anatomy.outside if site.role == "embedding"]
+    if not embeddings:
+        raise AttachError(
+            f"{slug}: {anatomy.model_class} embeds no tokens; vpt puts prompts before image and audio patches"
+        )
+    if name is None:
+        return beside(anatomy, embeddings[0]), embeddings[0]
+    stack = anatomy.stack(name)
+    return stack, max(embeddings, key=lambda site: common(site.path, stack.containers[0]))
+
+
+def vocabulary(slug: str, host: Any, name: str | None) -> tuple[Tensor, Any]:
+    """The table (V, d) of the embeddings that a stack reads, and what its rows are multiplied by when they are looked up."""
+    embedding = text_input(slug, host.anatomy, name)[1]
+    module = host.module(embedding.path)
+    return getattr(module, embedding.parameter), embedding_scale(module)
 
 
 def whole(block: Block) -> Site:
