@@ -985,6 +985,58 @@ def test_keys_read_as_documented() -> None:
     assert keys(anatomy(tiny.model("bart")).sites(["cross_attention.v"], [1])) == ["decoder.1.cross_attention.v"]
 
 
+# nn.Transformer has a norm behind blocks that end with one, wav2vec2 one that stands beside the list but before it: not told apart
+POST_NORM = {
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "albert",
+    "mpnet",
+    "deberta",
+    "deberta_v2",
+    "bart",
+    "torch_encoder",
+}
+
+
+@pytest.mark.parametrize("name", [n for n in tiny.NAMES if not tiny.missing(n)])
+def test_the_norm_that_ends_a_block(name: str) -> None:
+    """What it gives is what the block gives; in other models no norm ends a block."""
+    model = tiny.model(name)
+    found = anatomy(model)
+    seen: dict[str, Any] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({path: output})
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(keep(path))
+    with torch.no_grad():
+        model(**tiny.batch(name))
+    for stack in found.stacks:
+        for block in stack.blocks:
+            whole = next(site for site in block.sites if site.role == "block")
+            norm = found.closing_norm(whole)
+            assert (norm is not None) == (name in POST_NORM)
+            if norm is not None:
+                output = seen[block.path] if isinstance(seen[block.path], torch.Tensor) else seen[block.path][0]
+                assert torch.equal(seen[norm.path], output)
+
+
+def test_attentions_and_their_parts() -> None:
+    found = anatomy(tiny.model("bart"))
+    every = found.attentions()
+    assert [site.key for site in every[2:]] == [
+        f"decoder.{depth}.{role}" for role in ("attention", "cross_attention") for depth in (0, 1)
+    ]
+    assert [site.key for site in found.attentions([1], "decoder", cross=False)] == ["decoder.1.attention"]
+    parts = [found.part(site, "o") for site in every]
+    assert [part.path for part in parts if part is not None] == [site.exit for site in every]
+    assert found.part(every[0], "qkv") is None
+    assert anatomy(tiny.model("resnet")).attentions() == []
+
+
 def test_a_side_of_a_site() -> None:
     down = anatomy(tiny.model("bert")).sites(["down"])[0]
     sides: dict[Side, int] = {"input": 64, "output": 32}

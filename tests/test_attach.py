@@ -323,6 +323,49 @@ def test_a_parallel_delta_reads_the_input_and_writes_at_the_output(where: str, c
         close(output(model, batch), put(bare, batch, write, slot.delta.composed(h, x)))
 
 
+class Both(Affine):
+    """M x + h + c of what it reads, x, and what it changes, h."""
+
+    reads_both = True
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        return self.value(x) + h
+
+
+@pytest.mark.parametrize("where", ["bert ffn", "gpt_neox k"])
+def test_a_delta_may_see_what_it_reads_and_what_it_changes(where: str) -> None:
+    family, role = where.split()
+    model, batch = toys.model(family), tiny.batch(family, size=4)
+    bare = copy.deepcopy(model)
+
+    def places(anatomy: Anatomy) -> list[Place]:
+        if role != "k":
+            return [
+                Place(s, Both(s.in_features, s.out_features), read=s.at("input")) for s in anatomy.sites([role], [1])
+            ]
+        return [Place(anatomy.sites(["k"], [1])[0], Both(32), read=anatomy.sites(["v"], [0])[0])]
+
+    tuned = pt.attach(model, toys.method(places), train_head=False)
+    for slot in tuned.slots:
+        x = recorded(bare, batch, slot.place.read.path, before=role != "k")
+        h = recorded(bare, batch, slot.site.exit)
+        if role == "k":
+            x, parts = x.unflatten(-1, (4, 3, 8))[..., 2, :].flatten(-2), h.unflatten(-1, (4, 3, 8))
+            k = parts[..., 1, :].flatten(-2)
+            new = (k + slot.delta(x, k)).unflatten(-1, (4, 8))
+            new = torch.stack([parts[..., 0, :], new, parts[..., 2, :]], -2).flatten(-3)
+        else:
+            new = h + slot.delta(x, h)
+        with torch.no_grad():
+            close(output(model, batch), put(bare, batch, slot.site.exit, new))
+    pt.attach(model, toys.method(places), name="b", train_head=False)
+    with pt.route(model, ["default", None, "b", "default"]):
+        mixed = output(model, batch)
+    for row, name in enumerate(["default", None, "b", "default"]):
+        with pt.route(model, name):
+            close(mixed[row], output(model, batch)[row])
+
+
 @pytest.mark.parametrize("composition", ["add", "multiply", "gate", "replace"])
 def test_a_hidden_delta_on_a_part_of_a_fused_linear_changes_that_part_alone(composition: Composition) -> None:
     model, batch = toys.model("gpt_neox"), tiny.batch("gpt_neox")

@@ -218,6 +218,32 @@ def test_heads_before_the_output_projection(family: str) -> None:
     torch.testing.assert_close(output(model, batch), output(hand, batch), rtol=1e-4, atol=1e-5)
 
 
+class Anew(Heads):
+    """Attention from its parts: what it was given, where nothing is masked."""
+
+    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        each = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+        return ((query @ key.mT * scaling).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "stack"), [("vit", "encoder"), ("t5", "encoder"), ("bert", "encoder"), ("whisper", "encoder")]
+)
+def test_heads_are_told_how_scores_are_scaled(family: str, stack: str) -> None:
+    model = toys.model(family)
+    batch = {k: v for k, v in tiny.batch(family).items() if k != "attention_mask"}
+    if family == "t5":  # whose positions are added to the scores
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_("relative_attention_bias" not in name)
+    expected = output(model, batch)
+    pt.attach(
+        model, toys.method(lambda a: [Place(site, Anew(1.0)) for site in a.attentions(stack=stack)]), train_head=False
+    )
+    torch.testing.assert_close(output(model, batch), expected, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- implementations, refusals
 
 

@@ -64,7 +64,7 @@ class Vector(toys.Heads):
         self.vector = nn.Parameter(torch.zeros(length))
         self.register_buffer("running", torch.zeros(2))
 
-    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return output * (self.gain + self.vector.sum() + self.running.sum())
 
     def structure(self) -> dict[str, Any]:

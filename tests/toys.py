@@ -239,7 +239,7 @@ class Heads(AttentionDelta):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
 
-    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         return output * self.gain
 
 

@@ -211,6 +211,46 @@ class Anatomy:
         order = {id(site): index for index, site in enumerate(self._everything())}
         return sorted(chosen.values(), key=lambda site: order[id(site)])
 
+    def attentions(
+        self, layers: Sequence[int] | None = None, stack: str | None = None, cross: bool = True
+    ) -> list[Site]:
+        """The attentions of each stack, those that look into another stack included if `cross`; [] where there is none.
+
+        Raises:
+            AnatomyError: as for `sites`.
+        """
+        found = []
+        for part in [self.stack(stack)] if stack else self.stacks:
+            present = {site.role for block in part.blocks for site in block.sites}
+            for role in ("attention", "cross_attention") if cross else ("attention",):
+                if role in present:
+                    found += self.sites([role], layers, part.name)
+        return found
+
+    def part(self, sublayer: Site, role: str) -> Site | None:
+        """The linear of this role in a sub-layer, such as the `o` of an attention; None where it has none."""
+        sites = self.stack(sublayer.stack).blocks[sublayer.depth].sites
+        return next((s for s in sites if (s.role, s.within, s.number) == (role, sublayer.role, sublayer.number)), None)
+
+    def closing_norm(self, sublayer: Site) -> Site | None:
+        """The norm that ends a block, of its ffn's output and the residual: that of a post-norm model; None in any other.
+
+        Where blocks end with a norm, none follows the last block: one beside the list of blocks, or in a pooler, tells the two apart.
+        """
+        stack = self.stack(sublayer.stack)
+        norms = [site.path for site in self.outside if site.role == "norm" and "emb" not in site.path]
+        owners = {path.rpartition(".")[0] for path in norms}
+        if any("pool" in p or not p or c.startswith(f"{p}.") for p in owners for c in stack.containers):
+            return None
+        sites = stack.blocks[sublayer.depth].sites
+        attentions = [site.path for site in sites if site.role in ("attention", "cross_attention")]
+        ends = [
+            site
+            for site in sites
+            if site.role == "norm" and not site.within and not any(site.path.startswith(f"{p}.") for p in attentions)
+        ]
+        return ends[-1] if ends and attentions else None
+
     def _of_role(
         self, asked: str, layers: Sequence[int] | None, stack: str | None, partial: bool, request: str
     ) -> list[Site]:

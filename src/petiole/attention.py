@@ -125,9 +125,11 @@ def attention(
         output, weights = explicit(module, slots, query, key, value, attention_mask, *args, **kwargs)
     else:
         output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+    scaling = args[0] if args else kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     for slot in slots:
         if type(slot.delta).heads_output is not AttentionDelta.heads_output:
-            output = of_rows(slot, slot.delta.heads_output, output, query, key, value)
+            output = of_rows(slot, partial(slot.delta.heads_output, scaling=scaling), output, query, key, value)
     return output, weights
 
 

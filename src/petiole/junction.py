@@ -243,6 +243,7 @@ class HiddenSlot(Slot):
             or self.front
             or self.read_front
             or self.delta.composition == "gate"
+            or (reads and self.delta.reads_both)
         ):
             return None
         h, put = of_output(output)
@@ -294,12 +295,16 @@ class HiddenSlot(Slot):
                     f"{self.site.key}: it is {tuple(own.shape[1:-1])} large, but what the change reads is {tuple(source.shape[1:-1])}\n"
                     "what changes the size of an image can't have a change beside it; name other sites"
                 )
-            return compose(own, self.delta(source), self.delta.composition).movedim(-1, 1)
+            return compose(own, self.change(source, own), self.delta.composition).movedim(-1, 1)
         if not self.site.rows or self.site.side == "input":
-            return compose(h, self.delta(source), self.delta.composition)
+            return compose(h, self.change(source, h), self.delta.composition)
         own = features(h, self.site.rows)
-        new = compose(own, self.delta(own if self.place.read is None else source), self.delta.composition)
+        new = compose(own, self.change(own if self.place.read is None else source, own), self.delta.composition)
         return add_rows(h, new - own, self.site.rows, -1)
+
+    def change(self, source: Tensor, h: Tensor) -> Any:
+        """Δ, from what the delta reads and, if it asks for both, from what it changes."""
+        return self.delta(source, h) if self.place.read is not None and self.delta.reads_both else self.delta(source)
 
 
 def channels_first(host: Host, site: Site) -> bool:

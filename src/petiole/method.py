@@ -129,6 +129,7 @@ class HiddenDelta(Delta):
     """A change of a hidden state: h <- h + Δ, or another composition. `forward`: h (..., d) -> Δ (..., d)."""
 
     composition: Composition = "add"
+    reads_both: bool = False  # where it reads elsewhere, forward(source, h) is given the state that it changes, too
 
     def by_row(self, deltas: Sequence[Any], index: Tensor, h: Tensor) -> Tensor | None:
         """Another delta for each row: h (n, t, d), index (n,) into `deltas` (-1: any) -> Δ (n, t or 1, d); None if they don't batch.
@@ -227,8 +228,8 @@ class AttentionDelta(Delta):
         """Probabilities (B, heads, T, S) after softmax, before dropout, and values (B, heads, S, d) -> new probabilities."""
         return probabilities
 
-    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Concatenated heads (B, T, heads, d) before the output projection -> the same, changed."""
+    def heads_output(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Concatenated heads (B, T, heads, d) before the output projection -> the same, changed. Scores are query · key · scaling."""
         return output
 
 
@@ -497,27 +498,12 @@ class Moment:
         return tensor if self.training is None else self.training.averaged(tensor)
 
 
-class Method(BaseModel):
-    """A published system. Subclasses add fields, `deltas` and, where they act over time, events."""
+class Config(BaseModel):
+    """Validated fields: a method, or a part of one that has fields of its own."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, arbitrary_types_allowed=False, allow_inf_nan=False
     )
-
-    slug: ClassVar[str] = ""
-    title: ClassVar[str] = ""  # of the paper
-    paper: ClassVar[str] = ""  # arXiv id
-    saves: ClassVar[str] = ""  # what it saves against full fine-tuning, in a few words
-    version: ClassVar[int] = 1  # raised when old files no longer mean the same
-    # What the method can do; the conformance suite reads it here.
-    merges: ClassVar[bool] = False
-    identity_at_start: ClassVar[bool] = False
-    routes: ClassVar[bool] = True
-    idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
-    compiles: ClassVar[bool] = True
-    size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
-    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)  # where a search looks
-    exempt: ClassVar[Mapping[str, str]] = {}  # check of the conformance suite -> why it can't hold
 
     def __init__(self, **fields: Any) -> None:
         """Validate the fields.
@@ -533,6 +519,25 @@ class Method(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise ConfigError(explain(type(self), error)) from None
+
+
+class Method(Config):
+    """A published system. Subclasses add fields, `deltas` and, where they act over time, events."""
+
+    slug: ClassVar[str] = ""
+    title: ClassVar[str] = ""  # of the paper
+    paper: ClassVar[str] = ""  # arXiv id
+    saves: ClassVar[str] = ""  # what it saves against full fine-tuning, in a few words
+    version: ClassVar[int] = 1  # raised when old files no longer mean the same
+    # What the method can do; the conformance suite reads it here.
+    merges: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False
+    routes: ClassVar[bool] = True
+    idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
+    compiles: ClassVar[bool] = True
+    size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)  # where a search looks
+    exempt: ClassVar[Mapping[str, str]] = {}  # check of the conformance suite -> why it can't hold
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -619,6 +624,9 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
     """A pydantic refusal in at most three lines: field, value, allowed range or nearest names."""
     lines: list[str] = []
     for item in error.errors()[:2]:
+        if isinstance(part := item.get("ctx", {}).get("error"), ConfigError):
+            lines.append(str(part))  # it names its own fields
+            continue
         name = ".".join(str(part) for part in item["loc"]) or "configuration"
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, cls.model_fields, n=1)
