@@ -1,8 +1,8 @@
 """A family of methods on real tasks: each at its own default and at one budget of trained parameters, peers of other libraries beside them.
 
-One recipe for all: the learning rate is searched on validation, three points of the method's own range at half the steps (once for a
-backbone, where a setting says so), then every seed is trained with the best and scored on test. What is done is kept in one file of lines;
-the same command goes on after it was stopped.
+One recipe for all: the learning rate is searched on validation with one seed, three points of the method's own range (once for a backbone,
+where a setting says so); then every seed is trained with the best and scored on test. What is done is kept in one file of lines, and the
+same command goes on after it was stopped.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Entry:
 
     @property
     def grid(self) -> list[float]:
-        """Three learning rates, in the middles of the thirds of the range on a logarithmic scale."""
+        """Three learning rates that cut the range into quarters on a logarithmic scale."""
         low, high = self.rates
-        return [float(f"{low * (high / low) ** share:.2g}") for share in (1 / 6, 1 / 2, 5 / 6)]
+        return [float(f"{low * (high / low) ** share:.2g}") for share in (1 / 4, 1 / 2, 3 / 4)]
 
 
 def own(method: pt.Method | Callable[[int], pt.Method], label: str = "", budget: str = OWN, **options: Any) -> Entry:
@@ -185,13 +185,13 @@ class Setting:
         return self.task.collator([rows[i] for i in range(self.batch_size)])
 
 
-def run(setting: Setting, entry: Entry, learning_rate: float, steps: int, seed: int, splits: Sequence[str]) -> Line:
-    """Train one, and score it."""
-    recipe = Recipe(steps=steps, batch_size=setting.batch_size)
+def run(setting: Setting, entry: Entry, learning_rate: float, seed: int, split: str) -> Line:
+    """Train one, and score it on a split."""
+    recipe = Recipe(steps=setting.steps, batch_size=setting.batch_size)
     model = setting.backbone(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the peers' own new parameters
-        made = entry.put(model, steps)
+        made = entry.put(model, setting.steps)
     model = made.model if isinstance(made, pt.Adaptation) else made
     start = time.perf_counter()
     with entry.around(model):
@@ -200,11 +200,9 @@ def run(setting: Setting, entry: Entry, learning_rate: float, steps: int, seed: 
         else:
             by_transformers(model, setting.task, recipe, learning_rate, seed)
         seconds = time.perf_counter() - start
-        scores = {
-            s: measured(setting.task.evaluate(model, s, batch_size=64), s)[setting.task.main_metric] for s in splits
-        }
+        score = measured(setting.task.evaluate(model, split, batch_size=64), split)[setting.task.main_metric]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"scores": scores, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
+    return {"score": score, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
 
 
 def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate: float, seed: int) -> None:
@@ -302,24 +300,21 @@ def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines, 
             if rate is not None:
                 lines.get(
                     f"{entry.key} | seed {seed}",
-                    lambda entry=entry, seed=seed, rate=rate: run(
-                        setting, entry, rate, setting.steps, seed, ("validation", "test")
-                    ),
+                    lambda entry=entry, seed=seed, rate=rate: run(setting, entry, rate, seed, "test"),
                 )
 
 
 def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
-    """The learning rate that scores best on validation after half the steps; None where none could be trained."""
-    half = max(1, setting.steps // 2)
+    """The learning rate that scores best on validation; None where none could be trained."""
     for rate in entry.grid:
-        lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, half, 0, ("validation",)))
+        lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
     return chosen(entry, lines)
 
 
 def chosen(entry: Entry, lines: Lines) -> float | None:
     """The best of the learning rates that were tried; None where none could be trained."""
     tried = [(lines.known.get(f"{entry.key} | lr {rate:g}", {}), rate) for rate in entry.grid]
-    scored = [(line["scores"]["validation"], rate) for line, rate in tried if "scores" in line]
+    scored = [(line["score"], rate) for line, rate in tried if "score" in line]
     return max(scored)[1] if scored else None
 
 
@@ -328,9 +323,7 @@ def chosen(entry: Entry, lines: Lines) -> float | None:
 
 def summary(entry: Entry, lines: Lines) -> Line:
     """A row of the table: test scores over seeds, and costs."""
-    scores = [
-        v["scores"]["test"] for k, v in lines.known.items() if k.startswith(f"{entry.key} | seed") and "scores" in v
-    ]
+    scores = [v["score"] for k, v in lines.known.items() if k.startswith(f"{entry.key} | seed") and "score" in v]
     costs = lines.known.get(f"{entry.key} | cost", {})
     failed = next((v["failed"] for k, v in lines.known.items() if k.startswith(f"{entry.key} |") and "failed" in v), "")
     return {

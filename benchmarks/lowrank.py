@@ -30,7 +30,7 @@ LEFT_OUT = {
 
 def settings(data: Path) -> list[Setting]:
     text = data / "text"
-    rows = {"validation": 600, "test": 750}
+    rows = {"validation": 300, "test": 600}
     return [
         Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 80),
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120),
