@@ -79,7 +79,7 @@ def own(method: pt.Method | Callable[[int], pt.Method], label: str = "", budget:
     rates = type(example).learning_rates
 
     def put(model: nn.Module, steps: int) -> pt.Adaptation:
-        return pt.attach(model, make(steps), seed=0)
+        return pt.attach(model, make(steps), seed=torch.initial_seed())  # of the run
 
     return Entry(label or example.slug, budget, put, rates, about, **options)
 
@@ -190,7 +190,7 @@ def run(setting: Setting, entry: Entry, learning_rate: float, seed: int, split: 
     recipe = Recipe(steps=setting.steps, batch_size=setting.batch_size)
     model = setting.backbone(seed)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # of the peers' own new parameters
+        torch.manual_seed(seed)  # of all new parameters
         made = entry.put(model, setting.steps)
     model = made.model if isinstance(made, pt.Adaptation) else made
     start = time.perf_counter()
