@@ -301,15 +301,17 @@ def test_measures_fall_with_blur_and_follow_their_formulas() -> None:
     assert list(MEASURES) == ["laplacian", "gradient", "contrast"]
     for measure in MEASURES.values():
         assert measure(images).shape == (3,)
-        assert bool((measure(blurred) < 0.7 * measure(images)).all())
+        assert bool((measure(blurred) < measure(images) - 0.15).all())
     step = torch.zeros(1, 1, 4, 5)
     step[..., 2:] = 1  # columns 0 0 1 1 1: Laplacian 1, -1, 0 in both inner rows, Sobel 4, 4, 0 across
-    torch.testing.assert_close(laplacian(step), torch.tensor([2 / 3]))
-    torch.testing.assert_close(gradient(step), torch.tensor([32 / 3]))
-    torch.testing.assert_close(contrast(step), torch.tensor([0.24**0.5]))
+    level = 1 / 255
+    torch.testing.assert_close(10 ** laplacian(step), torch.tensor([2 / 3 + level**2]))
+    torch.testing.assert_close(10 ** gradient(step), torch.tensor([32 / 3 + level**2]))
+    torch.testing.assert_close(10 ** contrast(step), torch.tensor([0.24**0.5 + level]))
     red = torch.zeros(1, 3, 4, 5)
     red[:, 0] = step[:, 0]
-    torch.testing.assert_close(contrast(red), 0.299 * contrast(step))
+    torch.testing.assert_close(10 ** contrast(red), torch.tensor([0.299 * 0.24**0.5 + level]))
+    torch.testing.assert_close(10 ** laplacian(0 * step), torch.tensor([level**2]))  # and not minus infinity
     torch.testing.assert_close(laplacian(step.expand(1, 2, 4, 5)), laplacian(step))
     with pytest.raises(AttachError, match="3 x 3"):
         laplacian(torch.rand(1, 3, 2, 8))

@@ -225,7 +225,7 @@ def test_quality_says_what_is_left_of_the_resolution() -> None:
         rows = [faces[i] for i in range(20)]
         assert all(float(row["quality"]) == pytest.approx(share) for row in rows)
         sharpness.append(float(laplacian(torch.stack([row["pixel_values"] for row in rows])).mean()))
-    assert sharpness[0] > 3 * sharpness[1] > 9 * sharpness[2]
+    assert sharpness[0] > sharpness[1] + 0.4 > sharpness[2] + 0.8  # decades
     full, poor = kinds[1.0][0]["pixel_values"], kinds[0.2][0]["pixel_values"]
     blocks = nn.functional.avg_pool2d(full, 5)
     again = nn.functional.interpolate(blocks[None], (40, 40), mode="bilinear")[0]

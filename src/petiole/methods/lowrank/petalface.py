@@ -5,14 +5,15 @@
 α is one number for each image, whatever tokens or windows it has: 0.5 ± (quality - threshold), so near 1 a good image is changed by U_hi D_hi
 alone, near 0 a poor one by U_lo D_lo, and at the threshold by the mean of both. Where the quality comes from, see `pt.given` below.
 
-Sits     on q, k and v of every block, which share D as in one fused linear (`joint_qkv`); with one branch and no α, on a last projection.
-Trains   2 r (in + out) numbers per twin linear, q, k and v counting as one, and r (in + out) for the projection. What judges images is
-         frozen, and in no file.
+Sits     on q, k and v of every block, which share D as in one fused linear (`joint_qkv`); with one branch and no α, on a last
+         projection.
+Trains   2 r (in + out) numbers per twin linear, q, k and v counting as one, and r (in + out) for the projection. What judges images
+         is frozen, and in no file.
 Starts   at U = 0, so the adapted model is the bare backbone, bit for bit, whatever α.
 Merges   at one α for all images: `with pt.given(model, alpha=0.8): tuned.merge()`. Not without: each image has a weight of its own.
 
-Quality is a measure by name, computed of the pixels that the model is given ("laplacian", the variance of the Laplacian, is low for blurred
-images); or, before that, `pt.given(model, quality=scores)`, `pt.given(model, quality=judge)` with a function of images in [0, 1], or an argument
+Quality is a measure by name, computed of the pixels that the model is given ("laplacian", the variance of the Laplacian in decades, is low for
+blurred images); or, before that, `pt.given(model, quality=scores)`, `pt.given(model, quality=judge)` with a function of images in [0, 1], or an argument
 `quality` of the model's forward. The threshold is the median on training data, the scores' range theirs (`normalise="minmax"`): both are
 learnt by `calibrate` before the first step, and saved.
 

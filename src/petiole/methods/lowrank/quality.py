@@ -31,6 +31,9 @@ Judge = Callable[[Tensor], Tensor]
 
 
 # --------------------------------------------------------------------------------------------------------------------- measures
+# In decades, since a few sharp images have a hundred times the variance of others, and would be the whole range otherwise.
+
+GREY = 1 / 255  # one level of 8 bits: what is less is none
 
 
 def luminance(images: Tensor) -> Tensor:
@@ -48,20 +51,20 @@ def filtered(images: Tensor, kernel: list[list[float]]) -> Tensor:
 
 
 def laplacian(images: Tensor) -> Tensor:
-    """Variance of the Laplacian: (B, C, H, W) -> (B,). Low where an image is blurred, or was small.  Pech-Pacheco et al. 2000."""
-    return filtered(images, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]).var(1, correction=0)
+    """log₁₀ of the variance of the Laplacian: (B, C, H, W) -> (B,). Low where an image is blurred, or was small.  Pech-Pacheco et al. 2000."""
+    return (filtered(images, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]).var(1, correction=0) + GREY**2).log10()
 
 
 def gradient(images: Tensor) -> Tensor:
-    """Mean square of the Sobel gradient: (B, C, H, W) -> (B,). As the Laplacian, but less moved by noise.  Tenenbaum 1970."""
+    """log₁₀ of the mean square Sobel gradient: (B, C, H, W) -> (B,). As the Laplacian, but less moved by noise.  Tenenbaum 1970."""
     across = filtered(images, [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     down = filtered(images, [[-1, -2, -1], [0, 0, 0], [1, 2, 1]])
-    return (across.square() + down.square()).mean(1)
+    return ((across.square() + down.square()).mean(1) + GREY**2).log10()
 
 
 def contrast(images: Tensor) -> Tensor:
-    """Standard deviation of the luminance: (B, C, H, W) -> (B,). Low in haze, glare and dark."""
-    return luminance(images).flatten(1).std(1, correction=0)
+    """log₁₀ of the luminance's standard deviation: (B, C, H, W) -> (B,). Low in haze, glare and dark."""
+    return (luminance(images).flatten(1).std(1, correction=0) + GREY).log10()
 
 
 MEASURES: Mapping[str, Judge] = {"laplacian": laplacian, "gradient": gradient, "contrast": contrast}
