@@ -18,6 +18,7 @@ from petiole.tasks.face import (
     FaceRecognition,
     Faces,
     Margin,
+    Scored,
     embed,
     fused,
     identification,
@@ -393,6 +394,23 @@ def test_the_mirror_image_is_judged_by_itself() -> None:
         embed(made, faces)
     torch.testing.assert_close(judged[0], judged[1].flip(-1))
     torch.testing.assert_close(judged[0], torch.stack([faces[i]["pixel_values"] for i in range(2)]) * 0.5 + 0.5)
+
+
+def test_scores_are_computed_once_for_each_image() -> None:
+    class Judge(nn.Module):
+        calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert not self.training and not torch.is_grad_enabled()
+            self.calls += 1
+            return images.mean((1, 2, 3))[:, None]
+
+    faces, judge = Faces(3, 1, size=16, with_quality=False), Judge()
+    rows = Scored(faces, judge)
+    for _ in range(2):
+        scored = collate([rows[i] for i in range(len(rows))])
+    assert judge.calls == 3 and scored["quality"].shape == (3,)
+    torch.testing.assert_close(scored["quality"], (scored["pixel_values"] * 0.5 + 0.5).mean((1, 2, 3)))
 
 
 def test_splits_show_different_people_and_the_gallery_other_images_than_the_probes() -> None:

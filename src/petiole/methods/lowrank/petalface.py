@@ -12,10 +12,10 @@ Trains   2 r (in + out) numbers per twin linear, q, k and v counting as one, and
 Starts   at U = 0, so the adapted model is the bare backbone, bit for bit, whatever α.
 Merges   at one α for all images: `with pt.given(model, alpha=0.8): tuned.merge()`. Not without: each image has a weight of its own.
 
-Quality is a measure by name, computed of the pixels that the model is given ("laplacian", the variance of the Laplacian in decades, is low for
-blurred images); or, before that, `pt.given(model, quality=scores)`, `pt.given(model, quality=judge)` with a function of images in [0, 1], or an argument
-`quality` of the model's forward. The threshold is the median on training data, the scores' range theirs (`normalise="minmax"`): both are
-learnt by `calibrate` before the first step, and saved.
+Quality is a measure by name, computed of the pixels that the model is given ("laplacian", the variance of the Laplacian in decades, is low
+for blurred images); or, before that, `pt.given(model, quality=scores)`, `pt.given(model, quality=judge)` with a function of images in [0, 1],
+or an argument `quality` of the model's forward. The threshold is the median on training data, the scores' range theirs
+(`normalise="minmax"`): both are learnt by `calibrate` before the first step, and saved.
 
 Dropout is on the output of U, of each branch by itself. In training that takes two products of r where there would be one of 2 r, each with a
 mask as large as the output; without it, and in evaluation, both branches are one product.

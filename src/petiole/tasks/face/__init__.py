@@ -10,9 +10,9 @@ from petiole.tasks.face.faces import Faces
 from petiole.tasks.face.margin import Margin
 from petiole.tasks.face.metrics import fused, identification, verification
 from petiole.tasks.face.model import FaceEncoder, FaceModel, FaceOutput, without_classes
-from petiole.tasks.face.recognition import FaceRecognition, embed, recognise
+from petiole.tasks.face.recognition import FaceRecognition, Scored, embed, recognise
 
 __all__ = [
-    "FaceEncoder", "FaceModel", "FaceOutput", "FaceRecognition", "Faces", "Margin", "embed", "fused", "identification", "recognise",
+    "FaceEncoder", "FaceModel", "FaceOutput", "FaceRecognition", "Faces", "Margin", "Scored", "embed", "fused", "identification", "recognise",
     "verification", "without_classes",
 ]  # fmt: skip

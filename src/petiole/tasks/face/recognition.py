@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from petiole.errors import ConfigError, DataError
 from petiole.tasks.encoding import Rows
@@ -43,6 +44,31 @@ def embed(model: nn.Module, rows: Rows, *, flip: bool = True, batch_size: int = 
             found.append(fused(own, mirrored).cpu())
             labels.append(batch["labels"].cpu())
     return torch.cat(found), torch.cat(labels)
+
+
+class Scored(Dataset[dict[str, Any]]):
+    """Rows with the quality of their image beside them, which is computed once: for images that no augmentation changes.
+
+    Args:
+        rows: a data set of {"pixel_values": (3, H, W), …}.
+        judge: images (B, 3, H, W) in [0, 1] -> (B,); a module is put in evaluation mode.
+        mean, std: what the image processor subtracted, and by what it divided then.
+    """
+
+    def __init__(self, rows: Rows, judge: Callable[[Tensor], Tensor], *, mean: float = 0.5, std: float = 0.5) -> None:
+        self.rows, self.judge = rows, judge.eval() if isinstance(judge, nn.Module) else judge
+        self.mean, self.std = mean, std
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        if index not in self._kept:
+            with torch.no_grad():
+                self._kept[index] = self.judge(row["pixel_values"][None] * self.std + self.mean).reshape(())
+        return {**row, "quality": self._kept[index]}
 
 
 def recognise(
