@@ -44,10 +44,8 @@ def summary(adaptation: Adaptation) -> str:
             lines.append(
                 f"    {stack or 'model'}.{role} ({side}), depth {where}: {len(found)} x {found[0][1]:,} parameters"
             )
-        if number in adaptation.shared:
-            lines.append(
-                f"    shared by all: {sum(p.numel() for p in adaptation.shared[number].parameters()):,} parameters"
-            )
+        if number in adaptation.shared and (size := sum(p.numel() for p in adaptation.shared[number].parameters())):
+            lines.append(f"    shared by all: {size:,} parameters")
     if adaptation.own:
         lines.append(
             f"  trained in place: {len(adaptation.own)} tensors, {sum(t.numel() for t in adaptation.own.values()):,} numbers"

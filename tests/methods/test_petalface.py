@@ -96,6 +96,7 @@ def test_counts() -> None:
         model, _, tuned = attached(joint_qkv=joint)
         assert tuned.trainable == 2 * per_block
         assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in tuned.parameters()}
+    assert "shared by all" not in tuned.summary()  # what all share has nothing to train
     _, _, tuned = attached(roles=("q",), single_roles=("down",))
     assert tuned.trainable == 2 * (2 * RANK * (d + d) + RANK * (64 + d))
 
