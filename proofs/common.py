@@ -106,7 +106,7 @@ class Encoder(nn.Module):
     def __init__(self, depth: int, kinds: int = VOCABULARY, size: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(kinds, size)
-        self.position = nn.Parameter(0.02 * torch.randn(LENGTH, size))
+        self.position = nn.Parameter(torch.randn(LENGTH, size))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(size, 4, 4 * size, dropout=0.0, norm_first=True, batch_first=True)
             for _ in range(depth)
