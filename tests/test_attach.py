@@ -24,7 +24,7 @@ from petiole.anatomy import Anatomy, Site
 from petiole.attach import host_of
 from petiole.errors import AttachError, ConfigError, PetioleError
 from petiole.method import Base, Composition, Delta, HiddenDelta, Method, Moment, Place, TokenDelta
-from toys import Affine, Dense, Halved, Mixture, Renewed, Times, on, output, shake
+from toys import Affine, Dense, Gated, Halved, Mixture, Renewed, Times, on, output, shake
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
@@ -1222,3 +1222,51 @@ def test_what_is_shared_lies_where_the_model_does() -> None:
 def test_a_method_that_finds_no_place_is_refused_though_the_head_would_train() -> None:
     with pytest.raises(AttachError, match=r"finds no place on BertForSequenceClassification, which has .*block"):
         pt.attach(tiny.model("bert"), toys.method(lambda anatomy: []))
+
+
+# ------------------------------------------------------------------------------------------------ changes that depend on the input
+
+
+def test_where_there_is_no_change_of_the_weight_later_ones_see_the_weight_without_it() -> None:
+    model, x = toys.model("llama"), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    query = model.get_submodule(pt.anatomy(model).sites(["q"], [0])[0].path)
+    W = query.weight.detach().clone()
+    first = pt.attach(model, toys.method(on(["q"], Gated, layers=[0]), merges=True), name="first")
+    second = pt.attach(model, toys.method(on(["q"], Times, layers=[0]), merges=True), name="second")
+    matrix, gain = first.slots[0].delta.matrix, second.slots[0].delta.gain
+    pt.activate(model, "first", "second")
+    gated = x @ matrix.T * (x[..., :1] > 0)
+    close(query(x), x @ W.T + gated + gain * (x @ W.T))
+    second.merge()
+    close(query(x), x @ W.T + gated + gain * (x @ W.T))
+    with pytest.raises(AttachError, match="each token has a change of its own"):
+        first.merge()
+
+
+def test_a_composed_weight_can_not_depend_on_the_token() -> None:
+    model = tiny.model("torch_encoder")
+    with refused(model, "q is composed for a whole batch"):
+        pt.attach(model, toys.method(on(["q"], Gated)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_loss_term_is_made_of_keeps_its_graph_under_checkpointing(reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model, batch = toys.model("llama"), tiny.batch("llama")
+
+        def loss(self: Method, moment: Moment) -> Tensor:
+            return torch.stack([delta.term for delta in moment.deltas.values()]).sum()  # type: ignore[misc]
+
+        tuned = pt.attach(model, toys.method(on(["q"], Gated), loss=loss))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        output = model(**batch)
+        terms = [slot.delta.term for slot in tuned.slots]
+        assert all(term.requires_grad for term in terms)
+        output.loss.backward()
+        assert all(slot.delta.term is term for slot, term in zip(tuned.slots, terms, strict=True))
+        found.append([p.grad.clone() for p in tuned.parameters()])
+    for one, other in zip(*found, strict=True):
+        close(one, other)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tiny
 from petiole.anatomy import Anatomy, Site
+from petiole.context import recomputing
 from petiole.method import (
     _REGISTRY,
     AttentionDelta,
@@ -166,6 +167,27 @@ class Times(WeightDelta):
 
     def bias(self, base: Tensor | None) -> Tensor | None:
         return None if base is None else self.gain * base
+
+
+class Gated(WeightDelta):
+    """Δy = M x for the tokens whose first feature is positive, so that there is no ΔW; ‖M x‖² of them all is a loss term."""
+
+    depends_on_input = publishes = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(site.out_features, site.in_features))
+        self.term: Tensor | None = None
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        self.matrix.normal_(0, 0.3, generator=generator)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = nn.functional.linear(x, self.matrix)
+        term = y.square().mean()  # computed again too, since checkpointing expects the same graph
+        if not recomputing():
+            self.term = term
+        return y * (x[..., :1] > 0)
 
 
 class Affine(HiddenDelta):

@@ -236,6 +236,10 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
         )
     if isinstance(delta, WeightDelta) and site.kind not in ("linear", "conv", "embedding", "parameter"):
         raise AttachError(f"{where} is a {site.kind}, which has no weight to change; name a linear role")
+    if site.kind == "parameter" and isinstance(delta, WeightDelta) and delta.depends_on_input:
+        raise AttachError(
+            f"{where} is composed for a whole batch, so its change can't depend on the token; leave it out"
+        )
     if site.kind == "parameter" and not isinstance(delta, WeightDelta):
         raise AttachError(f"{where} is never called, so only its weight can change, not its input or output")
     if isinstance(delta, AttentionDelta) and not found.stack(site.stack).attention_interface:
@@ -577,9 +581,9 @@ class Host:
             self.streams.take()
             self.streams.bring_back(streams)
 
-    def streaming(self) -> bool:
-        """Whether streams run beside the model's own hidden state."""
-        return any(isinstance(s, AroundSlot) and s.acts() for a in self.adaptations.values() for s in a.slots)
+    def publishing(self) -> bool:
+        """Whether what is computed inside a block is used outside of it too: in streams, by loss terms."""
+        return any(s.delta.publishes and s.acts() for a in self.adaptations.values() for s in a.slots)
 
     def holding(self) -> list[tuple[Slot, Any]]:
         """What slots have read in this thread and not yet used."""
@@ -694,7 +698,7 @@ class Host:
 def changes_weight(slot: Slot) -> bool:
     """Whether a slot changes its linear's output as another weight would. At the input, what comes after does not see it so."""
     if isinstance(slot, (WeightSlot, ParameterSlot)):
-        return True
+        return not slot.delta.depends_on_input
     return isinstance(slot, HiddenSlot) and slot.site.side == "output" and callable(getattr(slot.delta, "weight", None))
 
 

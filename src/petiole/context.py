@@ -191,7 +191,11 @@ class Recall:
             )
         again = _Twice(self.host, function)
         inner = self.inner
-        if (again.held or self.host.streaming()) and isinstance(inner, partial) and inner.keywords.get("use_reentrant"):
+        if (
+            (again.held or self.host.publishing())
+            and isinstance(inner, partial)
+            and inner.keywords.get("use_reentrant")
+        ):
             # What was read outside has a graph of its own, through which the re-entrant way would go twice; what is published
             # inside would have none.
             inner = partial(inner, use_reentrant=False)

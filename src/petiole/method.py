@@ -64,6 +64,7 @@ class Delta(nn.Module):
     # Names of its own parameters, each with everything below it; what an optimiser should know about them:
     no_decay: Sequence[str] = ()  # weight decay leaves these alone, as it does every one of fewer than two dimensions
     rate_factors: Mapping[str, float] = {}  # learning rates of these, as multiples of the run's
+    publishes: bool = False  # whether a loss term or a stream uses what it computes, so that its graph is needed there
 
     def given(self, name: str, default: Any = None) -> Any:
         """The value that `pt.given(model, name=…)` holds for this forward pass.
@@ -103,6 +104,9 @@ class Delta(nn.Module):
 
 class WeightDelta(Delta):
     """A change of a weight: W <- W + ΔW, b <- b + Δb. `forward` gives the change of the output without forming ΔW."""
+
+    # Whether its change is another one for each token, so that there is no ΔW: what changes the same weight after it sees W without it.
+    depends_on_input: bool = False
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """x, as the frozen module got it -> Δy (..., out). The fallback forms ΔW; methods override it with something cheaper."""
@@ -264,6 +268,8 @@ class AroundDelta(Delta):
     What enters first leaves last, after all other changes at the module. Streams that go on beside the model's own hidden state are
     published: `self.host.streams`.
     """
+
+    publishes = True
 
     def enter(self, h: Tensor) -> Tensor:
         """The hidden state h (n, ...) that comes -> what the module is given in its place."""
@@ -579,8 +585,11 @@ class Method(Config):
         return ()
 
     def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
-        """Deltas that can't be folded into weights: key -> why. None where the method merges, all of them where it does not."""
-        return {} if self.merges else dict.fromkeys(deltas, "what it computes is not a change of a weight")
+        """Deltas that can't be folded into weights: key -> why. All of them where the method does not merge."""
+        if not self.merges:
+            return dict.fromkeys(deltas, "what it computes is not a change of a weight")
+        why = "each token has a change of its own"
+        return {key: why for key, d in deltas.items() if isinstance(d, WeightDelta) and d.depends_on_input}
 
     def folded(self) -> Method:
         """The configuration under which `folded_state` loads: this one, unless a training-only device was folded away."""
