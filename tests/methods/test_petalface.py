@@ -116,6 +116,7 @@ def test_joint_qkv_is_one_fused_linear() -> None:
 def test_alpha_is_one_half_at_the_threshold_and_has_slope_one() -> None:
     q = torch.tensor([0.1, 0.4, 0.6, 2.0, -3.0])
     torch.testing.assert_close(blend(clip=False).blended(q), q + 0.1)
+    torch.testing.assert_close(blend(clip=False).blended(q.double()), q.double() + 0.5 - 0.4, rtol=0, atol=1e-15)
     torch.testing.assert_close(blend(clip=False, higher_is_better=False).blended(q), 0.9 - q)
     torch.testing.assert_close(blend().blended(q), torch.tensor([0.2, 0.5, 0.7, 1.0, 0.0]))
     torch.testing.assert_close(blend(higher_is_better=False).blended(q), torch.tensor([0.8, 0.5, 0.3, 0.0, 1.0]))

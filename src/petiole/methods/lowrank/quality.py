@@ -80,7 +80,7 @@ class Blend(nn.Module):
         method: whose settings hold.
     """
 
-    threshold: Tensor  # τ, in units of n
+    threshold: Tensor  # τ, in units of n, where it is the median of data
     lowest: Tensor  # scores seen in calibration
     highest: Tensor
     known: Tensor  # whether what data must say has been learnt
@@ -88,9 +88,7 @@ class Blend(nn.Module):
     def __init__(self, method: PETALface) -> None:
         super().__init__()
         self.method = method
-        self.register_buffer(
-            "threshold", torch.tensor(0.0 if method.threshold == "median" else float(method.threshold))
-        )
+        self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("lowest", torch.tensor(0.0))
         self.register_buffer("highest", torch.tensor(1.0))
         self.register_buffer("known", torch.tensor(not method.needs_data))
@@ -124,7 +122,8 @@ class Blend(nn.Module):
     def blended(self, q: Tensor) -> Tensor:
         """Scores -> α, both (B,)."""
         sign = 1 if self.method.higher_is_better else -1
-        a = 0.5 + sign * (self.normalised(q) - self.threshold)
+        threshold = self.threshold if self.method.threshold == "median" else self.method.threshold
+        a = 0.5 + sign * (self.normalised(q) - threshold)
         return a.clamp(0, 1) if self.method.clip else a
 
     def normalised(self, q: Tensor) -> Tensor:
