@@ -159,6 +159,18 @@ def test_attentions_of_a_diffusion_model() -> None:
     tuned.check(batch, loss=lambda found: found.sample.square().mean())
 
 
+def test_pooler_and_token_types_train_in_place_if_asked() -> None:
+    model, batch = tiny.model("vilt"), tiny.batch("vilt")
+    tuned = pt.attach(model, APT(length=3, rank=2, train_pooler=True), train_head=False)
+    assert tuned.trainable == 2 * (3 * 32 + 2 * 32 * 2 + 1) + (32 * 32 + 32) + 2 * 2 * 32  # and a pooler, two tables
+    before = toys.output(model, batch)
+    tuned.check(batch)
+    toys.shake(tuned)
+    assert not torch.equal(toys.output(model, batch), before)
+    with pytest.raises(AttachError, match="train_pooler=True, but LlamaForCausalLM has neither"):
+        pt.attach(tiny.model("llama"), APT(train_pooler=True))
+
+
 # 2
 def test_sequence_attention_and_cache_are_as_they_were() -> None:
     model, batch = tiny.model("llama", attn_implementation="eager"), tiny.batch("llama")
@@ -194,7 +206,7 @@ def test_without_prompts_it_is_the_frozen_model(family: str) -> None:
 def test_it_starts_close_to_the_frozen_model_but_not_at_it() -> None:
     model, _ = bert(APT(length=200))
     delta = next(slot.delta for slot in pt.adaptations(model)["default"].slots if isinstance(slot.delta, Diffusion))
-    assert abs(float(delta.prompt.std()) - 0.02) < 1e-3 and abs(float(delta.down.std()) - 1) < 0.2
+    assert abs(float(delta.prompt.detach().std()) - 0.02) < 1e-3 and abs(float(delta.down.detach().std()) - 1) < 0.2
     assert not delta.up.any() and torch.equal(delta.keys(), delta.prompt)
 
 

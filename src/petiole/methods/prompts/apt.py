@@ -7,7 +7,7 @@ X (B, N, d) is what goes into an attention, on the side of the queries; Y (B, N,
 and residual. A has dropout in training. Each token gets its own change from the prompts; masks, caches and attention maps stay as they are.
 
 Sits     beside each attention, self and cross.
-Trains   m d + 2 d h + 1 numbers per attention.
+Trains   m d + 2 d h + 1 numbers per attention; pooler and token types in place, if `train_pooler`.
 Starts   near the backbone, not at it: P ~ N(0, 0.02²), W₁ ~ N(0, 1), W₂ = 0 (so K = P), s = 0.
 Merges   no: ReLU and g stand in between. K is constant once trained, and computed once.
 
@@ -56,6 +56,9 @@ class APT(Method):
     dropout: float | None = Field(
         None, ge=0, lt=1, description="On the scores, in training; that of the model's attention if None."
     )
+    train_pooler: bool = Field(
+        False, description="Train the pooler and the embeddings of token types too, in place, as the paper's code does."
+    )
     layers: Layers = layers_field()
     stack: str | None = stack_field()
 
@@ -80,6 +83,16 @@ class APT(Method):
             yield Place(site.at("output"), diffusion, read=site.at("input"))
             if self.learn_scale:
                 yield Place(site.at("output"), Scale())
+
+    def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterator[str]:
+        if not self.train_pooler:
+            return
+        sites = [site for site in anatomy.outside if site.role in ("pooler", "type_embedding")]
+        if not sites:
+            raise AttachError(f"apt: train_pooler=True, but {anatomy.model_class} has neither pooler nor token types")
+        for site in sites:
+            for name, _ in model.get_submodule(site.path).named_parameters(recurse=False):
+                yield f"{site.path}.{name}"
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The attentions to act beside.

@@ -7,7 +7,7 @@ numbers as a prompt of l tokens: m d + (s + d) r ≤ l d. While generating, P an
 gets plain embeddings; without a cache this takes passes that say `use_cache=False` and grow by one token, as `generate` makes them.
 
 Learning rates: the run's is that of A and B, and P's is in proportion to it, in any trainer. `DePT(…).groups(tuned)` gives the two groups
-for an optimiser of one's own.
+for an optimiser of one's own. A model with a table of positions needs m + n of them.
 
 Sits     where embeddings enter the model: before positions are added; the encoder alone where there is a decoder.
 Trains   m d + (s + d) r numbers, P at a much larger learning rate than A and B.
