@@ -349,7 +349,7 @@ def rows(length: int = 2, width: int = 32, stack: str | None = None) -> Method:
 @pytest.mark.parametrize(
     ("mask", "places"),
     [
-        ([[1, 1, 1, 1], [1, 1, 0, 0]], [[0, 1, 2, 3]]),  # padding behind goes on counting
+        ([[1, 1, 1, 1], [1, 1, 0, 0]], [[0, 1, 2, 3]] * 2),  # padding behind goes on counting
         ([[1, 1, 1, 1], [0, 0, 1, 1]], [[0, 1, 2, 3], [0, 0, 0, 1]]),
         ([[0, 1, 1, 0], [1, 0, 0, 1]], [[0, 0, 1, 2], [0, 0, 0, 1]]),
         (None, [[0, 1, 2, 3]]),

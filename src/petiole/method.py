@@ -252,8 +252,8 @@ class TokenDelta(Delta):
         While decoding, what was generated does not come here.
 
         Args:
-            places: (B, T), of each token in its row's own text, from 0. Padding in front does not count, padding behind goes on
-                counting; -1 for what is no text (an image's tokens among those of a text). (1, T): 0 to T - 1 in every row.
+            places: (B or 1, T), of each token in its row's own text, from 0. Padding in front does not count, padding behind goes on
+                counting; -1 for what is no text (an image's tokens among those of a text).
         """
         return h
 

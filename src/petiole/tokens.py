@@ -502,12 +502,7 @@ class TokenSlot(Slot):
 
 
 def numbered(mask: Tensor) -> Tensor:
-    """Which tokens are real (B, T) -> the place of each among those of its row, (B, T), or (1, T) where no row has padding in front.
-
-    What comes behind the last real one goes on counting, so that no place depends on how far a row is padded.
-    """
-    if not torch.compiler.is_compiling() and bool((mask[:, 1:] <= mask[:, :-1]).all()):
-        return torch.arange(mask.shape[1], device=mask.device)[None]
+    """Which tokens are real (B, T) -> the place of each among those of its row (B, T). What comes behind the last goes on counting."""
     behind = mask.flip(1).cumsum(1).flip(1) == 0
     return ((mask | behind).cumsum(1) - 1).clamp_min(0)
 

@@ -16,6 +16,7 @@ import petiole as pt
 import tiny
 import toys
 from linears import set_
+from petiole.cost import predict
 from petiole.errors import AttachError, ConfigError
 from petiole.files import load_adaptation
 from petiole.methods.prompts.dept import Decomposed, DePT
@@ -92,6 +93,18 @@ def test_a_budget_that_no_whole_rank_fills_is_kept_to() -> None:
     assert (method.rank, method.length, method.max_length, method.alpha) == (17 * 32 // 82, 3, 50, None)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_its_cost_is_known_before_there_are_weights(family: str) -> None:
+    """From shapes alone, masks and all: a prompt's, and the product of A and B."""
+    costs = {}
+    for rank in (0, 2):
+        with torch.device("meta"):
+            model = tiny.model(family)
+        pt.attach(model, DePT(**{**SMALL, "rank": rank}))
+        costs[rank] = predict(model, tiny.batch(family)).forward_flops
+    assert costs[2] - costs[0] == 2 * 12 * 2 * 32
+
+
 # 3
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_without_a_rank_it_is_prompt_tuning(family: str) -> None:
@@ -134,8 +147,8 @@ def test_padding_in_front_does_not_count() -> None:
     change = entering(model, input_ids=ids, attention_mask=mask)[:, 3:] - model.get_input_embeddings()(ids)
     torch.testing.assert_close(change[0, 2:], delta.update()[:5])
     torch.testing.assert_close(change[1], delta.update()[:7])
-    (alone,) = entering(model, input_ids=ids[:1, 2:])
-    torch.testing.assert_close(change[0, 2:] + model.get_input_embeddings()(ids[0, 2:]), alone[3:])
+    alone = entering(model, input_ids=ids[:1], attention_mask=mask[:1])  # a single row, too
+    torch.testing.assert_close(alone[0, 5:], entering(model, input_ids=ids[:1, 2:])[0, 3:])
 
 
 # 5

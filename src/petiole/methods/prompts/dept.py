@@ -224,15 +224,13 @@ class Decomposed(TokenDelta):
         """E (B, n, d) -> E + D[places]"""
         if self.A is None:
             return h
-        n = h.shape[1]
-        if n > self.max_length and not torch.compiler.is_compiling() and len(places) > 1:
-            n = int(places.max()) + 1  # padding in front, or images among the text
-        if n > self.max_length:
+        n, s = h.shape[1], self.max_length
+        if n > s and not torch.compiler.is_compiling():
+            n = int(places.max()) + 1  # less where there is padding in front, or an image in the text
+        if n > s:
             raise AttachError(
-                f"dept: an input has {n} tokens, but max_length = {self.max_length}\n"
+                f"dept: an input has {n} tokens, but max_length = {s}\n"
                 f"truncate inputs to that, or attach with max_length = {n} or more"
             )
-        D = self.update().to(h.dtype)
-        if len(places) == 1:
-            return h + D[:n]
-        return h + nn.functional.embedding(places.clamp_min(0), D) * (places >= 0).to(h.dtype)[..., None]
+        D = nn.functional.pad(self.update().to(h.dtype), (0, 0, 0, 1))  # a last row for what is no text
+        return h + nn.functional.embedding(torch.where(places < 0, s, places), D, padding_idx=s)
