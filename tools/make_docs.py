@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from petiole.method import Method, registry
+from petiole.method import Config, Method, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -128,10 +128,8 @@ def page(cls: type[Method]) -> str:
     if cls.model_fields:
         lines += ["## Fields", "", "| field | values | default | meaning |", "|---|---|---|---|"]
         lines += [
-            f"| `{name}` | {values(field)} | `{shown(field.get_default(call_default_factory=True))}` | {field.description or ''} |".replace(
-                "\\|", "|"
-            )
-            for name, field in cls.model_fields.items()
+            f"| `{name}` | {values(field)} | {default(field)} | {field.description or ''} |".replace("\\|", "|")
+            for name, field in fields_of(cls)
         ]
         lines.append("")
     lines += ["## What it can do", "", "| | |", "|---|---|", *(f"| {what} | {answer} |" for what, answer in can), ""]
@@ -141,6 +139,24 @@ def page(cls: type[Method]) -> str:
     )
     lines.append(f"On which models it works: [support](../support.md). The whole of it is in `{where}`.")
     return "\n".join(lines) + "\n"
+
+
+def fields_of(cls: type[Config], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field, and under one that has fields of its own those: `attention`, `attention.form`, …"""
+    for name, field in cls.model_fields.items():
+        yield within + name, field
+        if (own := nested(field)) is not None:
+            yield from fields_of(own, f"{within}{name}.")
+
+
+def nested(field: Any) -> type[Config] | None:
+    """What a field's own fields are, if it has any."""
+    cls = field.annotation
+    return cls if isinstance(cls, type) and issubclass(cls, Config) else None
+
+
+def default(field: Any) -> str:
+    return "" if nested(field) else f"`{shown(field.get_default(call_default_factory=True))}`"
 
 
 def paper(cls: type[Method]) -> str:
@@ -217,6 +233,8 @@ def shown(value: Any) -> str:
 
 def values(field: Any) -> str:
     """The type of a field and its allowed range, in words."""
+    if nested(field):
+        return "a mapping of the fields below"
     limits = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
     bounds = [
         f"{sign} {getattr(item, name)}"

@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from petiole.method import Base, HiddenDelta
+from petiole.anatomy import Anatomy, Site
+from petiole.errors import AttachError
+from petiole.method import Base, HiddenDelta, Place
 
 Activation = Literal["relu", "gelu", "silu", "tanh", "identity"]
 Init = Literal["lora", "bert"]
 NormAt = Literal["none", "in", "out"]
+Insertion = Literal["parallel", "sequential", "before_projection", "pfeiffer"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -87,3 +90,65 @@ class Bottleneck(HiddenDelta):
         x = self.up(self.dropout(ACTIVATIONS[self.activation](self.down(x))))
         x = x * (self.fixed_scale if self.scale is None else self.scale)
         return (x if self.norm_out is None else self.norm_out(x)).to(kind)
+
+
+class Renormed(Bottleneck):
+    """Δ = A(LN(v)), added to v (..., d), which is what enters LN, the norm that ends a block.
+
+    So the norm is used twice: v = f + x of the ffn's output and the residual  ->  LN(f + A(LN(f + x)) + x).
+
+    Args:
+        closing: path of LN. Others as for `Bottleneck`.
+    """
+
+    reads_both = True  # what the ffn gives, only to be sure that it ran before
+
+    def __init__(self, closing: str, size: int, bottleneck: int, **options: Any) -> None:
+        super().__init__(size, bottleneck, **options)
+        self.closing = closing
+
+    def forward(self, f: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.host.module(self.closing).forward(v))  # its hooks are where this is called from
+
+
+def inserted(
+    anatomy: Anatomy, sites: Iterable[Site], insertion: Insertion, bottleneck: int, **options: Any
+) -> Iterator[Place]:
+    """A bottleneck at each sub-layer.
+
+    Args:
+        insertion: "parallel": fed by the sub-layer's input, added to its output; "sequential": fed by the output; "before_projection":
+            fed by the input of an attention, added to its heads; "pfeiffer": at the norm that ends the block, see `Renormed`.
+        options: of `Bottleneck`.
+
+    Raises:
+        AttachError: an attention without an output projection, a block that no norm ends.
+    """
+    for site in sites:
+        if insertion == "sequential":
+            yield Place(site.at("output"), Bottleneck(site.out_features, bottleneck, **options))
+        elif insertion == "pfeiffer":
+            norm = anatomy.closing_norm(site)
+            if norm is None:
+                raise AttachError(
+                    f"insertion='pfeiffer': {anatomy.model_class} has no norm after {site.key} and its residual, which it would use\n"
+                    "insertion='sequential' puts the adapter after the ffn of any model"
+                )
+            again = Renormed(norm.path, norm.in_features, bottleneck, **options)
+            yield Place(norm.at("input"), again, read=site.at("output"))
+        else:
+            target = site.at("output") if insertion == "parallel" else before_projection(anatomy, site)
+            delta = Bottleneck(site.in_features, bottleneck, out_size=target.size, **options)
+            yield Place(target, delta, read=site.at("input"))
+
+
+def before_projection(anatomy: Anatomy, attention: Site) -> Site:
+    """Where an attention's heads stand side by side.
+
+    Raises:
+        AttachError: it has no output projection of its own, or one that is never called.
+    """
+    output = anatomy.part(attention, "o")
+    if output is None or output.kind != "linear":
+        raise AttachError(f"{attention.key} calls no output projection, before which its heads could change")
+    return output.at("input")

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from petiole.anatomy import Anatomy
 from petiole.method import Layers, Method, Place, layers_field
-from petiole.methods.adapters.bottleneck import Activation, Bottleneck, Init
+from petiole.methods.adapters.bottleneck import Activation, Init, inserted
 
 
 class ParallelAdapter(Method):
@@ -51,18 +51,17 @@ class ParallelAdapter(Method):
         return scale
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        for site in anatomy.sites(self.roles, self.layers):
-            delta = Bottleneck(
-                site.in_features,
-                self.bottleneck,
-                scale=self.scale,
-                learn_scale=self.learn_scale,
-                activation=self.activation,
-                dropout=self.dropout,
-                init=self.init,
-                out_size=site.out_features,
-            )
-            yield Place(site.at("output"), delta, read=site.at("input"))
+        yield from inserted(
+            anatomy,
+            anatomy.sites(self.roles, self.layers),
+            "parallel",
+            self.bottleneck,
+            scale=self.scale,
+            learn_scale=self.learn_scale,
+            activation=self.activation,
+            dropout=self.dropout,
+            init=self.init,
+        )
 
 
 class ScaledParallelAdapter(ParallelAdapter):

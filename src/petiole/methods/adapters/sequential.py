@@ -17,9 +17,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from petiole.anatomy import Anatomy
+from petiole.anatomy import Anatomy, Site
 from petiole.method import Layers, Method, Place, layers_field, stack_field
-from petiole.methods.adapters.bottleneck import Activation, Bottleneck, Init
+from petiole.methods.adapters.bottleneck import Activation, Init, inserted
 
 
 class SequentialAdapter(Method):
@@ -38,13 +38,10 @@ class SequentialAdapter(Method):
     layers: Layers = layers_field()
     stack: str | None = stack_field()
 
-    def places(self, anatomy: Anatomy, roles: list[str]) -> Iterator[Place]:
-        """An adapter at the output of each sub-layer of these roles."""
-        for site in anatomy.sites(roles, self.layers, self.stack):
-            delta = Bottleneck(
-                site.out_features, self.bottleneck, activation=self.activation, dropout=self.dropout, init=self.init
-            )
-            yield Place(site.at("output"), delta)
+    def places(self, anatomy: Anatomy, sites: list[Site]) -> Iterator[Place]:
+        """An adapter at the output of each sub-layer."""
+        options = {"activation": self.activation, "dropout": self.dropout, "init": self.init}
+        yield from inserted(anatomy, sites, "sequential", self.bottleneck, **options)
 
 
 class HoulsbyAdapter(SequentialAdapter):
@@ -55,10 +52,9 @@ class HoulsbyAdapter(SequentialAdapter):
     paper: ClassVar[str] = "1902.00751"
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        yield from self.places(anatomy, ["attention", "ffn"])
-        for stack in [anatomy.stack(self.stack)] if self.stack else anatomy.stacks:
-            if any(site.role == "cross_attention" for block in stack.blocks for site in block.sites):
-                yield from self.places(anatomy, [f"{stack.name}:cross_attention"])
+        yield from self.places(anatomy, anatomy.sites(["attention", "ffn"], self.layers, self.stack))
+        attentions = anatomy.attentions(self.layers, self.stack)
+        yield from self.places(anatomy, [site for site in attentions if site.role == "cross_attention"])
 
 
 class PfeifferAdapter(SequentialAdapter):
@@ -69,4 +65,4 @@ class PfeifferAdapter(SequentialAdapter):
     paper: ClassVar[str] = "2005.00247"
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
-        yield from self.places(anatomy, ["ffn"])
+        yield from self.places(anatomy, anatomy.sites(["ffn"], self.layers, self.stack))

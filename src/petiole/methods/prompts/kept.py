@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Kept(nn.Module):
 
     def forward(self, parts: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, anew where a gradient is wanted or one of the parts it is computed from has changed. In the precision of the parts."""
-        with torch.autocast(parts[0].device.type, enabled=False):
+        device = parts[0].device.type
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():  # which knows no autocast
             if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
                 return compute()
             state = [(id(part), part._version, part.dtype, part.device) for part in parts]
