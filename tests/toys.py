@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tiny
 from petiole.anatomy import Anatomy, Site
+from petiole.attach import attach
 from petiole.context import recomputing
 from petiole.method import (
     _REGISTRY,
@@ -86,6 +87,18 @@ def shake(adaptation: Any, size: float = 0.1, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in adaptation.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def assert_merges(family: str, method: Method, size: float = 0.1, tolerance: float = 1e-5) -> None:
+    """Merged, a tiny model computes what it did with the deltas attached, moved by `size`; unmerging gives the bits back."""
+    model, batch = tiny.model(family), tiny.batch(family)
+    tuned = attach(model, method, train_head=False)
+    shake(tuned, size)
+    changed = output(model, batch)
+    tuned.merge()
+    torch.testing.assert_close(output(model, batch), changed, rtol=tolerance, atol=1e-5)
+    tuned.unmerge()
+    assert torch.equal(output(model, batch), changed)
 
 
 def output(model: nn.Module, batch: dict[str, Any]) -> Tensor:

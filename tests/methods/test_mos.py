@@ -281,14 +281,7 @@ def test_another_seed_or_list_of_modules_is_refused(tmp_path: Path) -> None:
 # 8
 @pytest.mark.parametrize("name", ["bert", "gpt2", "torch_encoder"])
 def test_merge_is_the_forward_pass(name: str) -> None:
-    model, batch = tiny.model(name), tiny.batch(name)
-    tuned = pt.attach(model, pt.MoS(), train_head=False)
-    toys.shake(tuned)
-    changed = toys.output(model, batch)
-    tuned.merge()
-    torch.testing.assert_close(toys.output(model, batch), changed, rtol=1e-5, atol=1e-5)
-    tuned.unmerge()
-    assert torch.equal(toys.output(model, batch), changed)
+    toys.assert_merges(name, pt.MoS())
 
 
 def test_the_rank_is_above_the_budget() -> None:

@@ -111,14 +111,7 @@ def test_the_pinv_residual_vanishes_in_its_rows_and_columns(rows: Any) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "torch_encoder"])
 @pytest.mark.parametrize("method", ALL, ids=IDS)
 def test_merge_is_the_forward_pass(name: str, method: pt.Method) -> None:
-    model, batch = tiny.model(name), tiny.batch(name)
-    tuned = pt.attach(model, method, train_head=False)
-    toys.shake(tuned)
-    changed = toys.output(model, batch)
-    tuned.merge()
-    torch.testing.assert_close(toys.output(model, batch), changed, rtol=1e-4, atol=1e-5)
-    tuned.unmerge()
-    assert torch.equal(toys.output(model, batch), changed)
+    toys.assert_merges(name, method, tolerance=1e-4)
 
 
 def test_pinv_is_a_plain_low_rank_change_of_the_original_weight() -> None:

@@ -175,14 +175,7 @@ def test_no_random_state_moves() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "torch_encoder"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merge_is_the_forward_pass(name: str, variant: Any) -> None:
-    model, batch = tiny.model(name), tiny.batch(name)
-    tuned = pt.attach(model, pt.NOLA(num_basis=6, variant=variant), train_head=False)
-    toys.shake(tuned, 0.5)
-    changed = toys.output(model, batch)
-    tuned.merge()
-    torch.testing.assert_close(toys.output(model, batch), changed, rtol=1e-4, atol=1e-5)
-    tuned.unmerge()
-    assert torch.equal(toys.output(model, batch), changed)
+    toys.assert_merges(name, pt.NOLA(num_basis=6, variant=variant), size=0.5, tolerance=1e-4)
 
 
 def test_the_change_has_the_rank_asked_for() -> None:
