@@ -29,6 +29,8 @@ METHODS: dict[str, Any] = {
     "full": lambda: pt.FullFineTuning(),  # the pooler of this model is used by nothing
     "checkpointing": lambda: pt.LoRA(rank=2),
     "reentrant": lambda: pt.LoRA(rank=2),
+    # All experts are taken, so that the balance loss is the same for half a batch; one layer's router has nothing to learn.
+    "routed": lambda: pt.MoLA(num_experts=[1, 3], top_k=[1, 3], rank=2, dropout=0.0, balance_weight=0.1),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "terms": {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0},
@@ -44,6 +46,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "activation_checkpointing_kwargs": {"use_reentrant": True},
         "max_steps": 2,
     },
+    "routed": {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0},
 }
 
 

@@ -235,11 +235,9 @@ class Mixture(Product):
         """Add to the tally of this layer in this forward pass: two sums for each expert."""
         p, chosen = (p if self.publishes else p.detach()).flatten(0, -2), chosen.flatten(0, -2)
         mask = None if self.count_padding else padding(self.host, self.site, x)
-        if mask is None:
-            tally = torch.stack([chosen.sum(0), p.sum(0)])
-        else:
-            tally = torch.stack([mask.to(p.dtype) @ chosen, mask.to(p.dtype) @ p])
-        self.routers[0].add(self.host, layer_of(self.site), tally)
+        if mask is not None:
+            p, chosen = p * mask[:, None], chosen * mask[:, None]
+        self.routers[0].add(self.host, layer_of(self.site), torch.stack([chosen.sum(0), p.sum(0)]))
 
 
 def layer_of(site: Site) -> str:
