@@ -522,6 +522,18 @@ def test_padding_may_be_left_out_of_the_count(name: str) -> None:
         assert [float(t[0].sum()) for t in tuned.shared[0].tallies.values()] == [2 * int(own.sum())] * 2  # type: ignore
 
 
+def test_the_count_is_exact_under_autocast() -> None:
+    model, tokens = tiny.model("bert"), tiny.batch("bert", size=60)["input_ids"]
+    tuned = pt.attach(model, pt.MoLA(num_experts=4, count_padding=False, roles=["k"]))
+    mask = torch.ones_like(tokens)
+    mask[0, -3:] = 0
+    assert int(mask.sum()) > 256  # beyond which bfloat16 can't count
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        toys.output(model, {"input_ids": tokens, "attention_mask": mask})
+    for tally in tuned.shared[0].tallies.values():  # type: ignore[operator,union-attr]
+        assert float(tally[0].sum()) == 2 * int(mask.sum())
+
+
 def test_two_attachments_count_apart() -> None:
     model, batch = toys.model("llama"), tiny.batch("llama")
     make = partial(pt.attach, model)
