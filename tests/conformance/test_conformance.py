@@ -115,8 +115,14 @@ def home(slug: str) -> str:
 @cache
 def small(cls: type[Method]) -> Method:
     """The method as it comes, only of small size, and so that training computes what evaluation does."""
-    size = {cls.size: min(3, default_of(cls, cls.size) or 3)} if cls.size else {}
-    return cls(**size, **({"dropout": 0.0} if "dropout" in cls.model_fields else {}))
+    still: dict[str, Any] = {"dropout": 0.0} if "dropout" in cls.model_fields else {}
+    if not cls.size:
+        return cls(**still)
+    size = min(3, default_of(cls, cls.size) or 3)
+    try:
+        return cls(**{cls.size: size}, **still)
+    except ConfigError:  # an even one is wanted
+        return cls(**{cls.size: 2 * size - 2}, **still)
 
 
 def default_of(cls: type[Method], field: str) -> Any:
