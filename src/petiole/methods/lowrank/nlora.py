@@ -40,6 +40,7 @@ class Structured(Method):
 
     title: ClassVar[str] = "NLoRA: Nyström-Initiated Low-Rank Adaptation for Large Language Models"
     paper: ClassVar[str] = "2502.14482"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 3e-2)
     saves: ClassVar[str] = "optimiser state and checkpoint; free at inference once merged"
     merges: ClassVar[bool] = True
     size: ClassVar[str] = "rank"
@@ -116,7 +117,7 @@ class IntTune(Nystrom):
 
     slug: ClassVar[str] = "inttune"
     saves: ClassVar[str] = "nearly all parameters, inputs kept for backward, checkpoint; free at inference once merged"
-    learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 1e-1)  # wide: a core of rank 128 wants less than one of rank 8
     trained: ClassVar[tuple[str, ...]] = ("N",)
 
 
