@@ -43,11 +43,8 @@ def growing(slug: str, rank: int) -> Any:
     """A method that grows to an average rank on q and v, in a run of so many steps."""
 
     def make(steps: int) -> pt.Method:
-        cls = find(slug)
-        every = max(1, steps // 40)
-        if slug == "increlora":
-            return cls(target_rank=rank, warmup_steps=steps // 10, update_interval=every, roles=ROLES)
-        return cls(reference_rank=rank, init_warmup=steps // 10, incre_interval=every, total_steps=steps, roles=ROLES)
+        early, every = steps // 10, max(1, steps // 40)
+        return find(slug)(target_rank=rank, warmup_steps=early, update_interval=every, roles=ROLES)
 
     return make
 

@@ -117,7 +117,7 @@ class IntTune(Nystrom):
 
     slug: ClassVar[str] = "inttune"
     saves: ClassVar[str] = "nearly all parameters, inputs kept for backward, checkpoint; free at inference once merged"
-    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 1e-1)  # wide: a core of rank 128 wants less than one of rank 8
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 1e-1)
     trained: ClassVar[tuple[str, ...]] = ("N",)
 
 
