@@ -490,6 +490,53 @@ def test_every_form_is_checked_saved_and_loaded(name: str, tmp_path: Path) -> No
     assert torch.equal(toys.output(other, batch), toys.output(model, batch))
 
 
+NEW = ("attention adapter", "multi-head adapter", "prefix without gate", "pfeiffer")  # forms that no baseline has
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_forms_compile(name: str) -> None:
+    torch._dynamo.reset()
+    model, _ = attached("bert", FORMS[name])
+    model.double()
+    batch = {key: value for key, value in tiny.batch("bert").items() if key != "labels"}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(toys.output(compiled, batch), toys.output(model, batch), rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_forms_in_half_precision_and_under_checkpointing(name: str) -> None:
+    batch, exact = tiny.batch("bert"), toys.model("bert")
+    tuned = pt.attach(exact, FORMS[name])
+    toys.shake(tuned, 0.01)
+    values = tuned.named_tensors(folded=False)
+    half = toys.model("bert").to(torch.bfloat16)
+    other = pt.attach(half, FORMS[name])
+    for key, tensor in other.named_tensors(folded=False).items():
+        tensor.copy_(values[key])
+    found, expected = half(**batch).logits, toys.output(exact, batch)
+    assert found.dtype == torch.bfloat16 and float((found.float() - expected).norm() / expected.norm()) < 0.1
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            exact.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        exact.train().zero_grad()
+        exact(**batch).loss.backward()
+        gradients.append([p.grad.clone() for p in tuned.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_lora_is_exported(tmp_path: Path) -> None:
+    """As a checkpoint of PEFT's, with the scale as alpha over rank."""
+    import json
+
+    _, tuned = attached("bert", point("lora_attn"))
+    print(tuned.export(tmp_path / "lora"))
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == 3 and config["lora_alpha"] == 6.0
+
+
 def test_rows_may_take_different_points() -> None:
     names = [name for name in FORMS if name != "bitfit"]
     model, batch = toys.model("bert").double(), tiny.batch("bert", size=len(names) + 1)
