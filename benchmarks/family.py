@@ -323,8 +323,10 @@ def chosen(entry: Entry, lines: Lines) -> float | None:
 
 def summary(entry: Entry, lines: Lines) -> Line:
     """A row of the table: test scores over seeds, and costs."""
-    scores = [v["score"] for k, v in lines.known.items() if k.startswith(f"{entry.key} | seed") and "score" in v]
+    runs = [v for k, v in lines.known.items() if k.startswith(f"{entry.key} | seed") and "score" in v]
+    scores = [line["score"] for line in runs]
     costs = lines.known.get(f"{entry.key} | cost", {})
+    count = runs[-1]["trained"] if runs else costs.get("trained")  # at the end: ranks may have grown
     failed = next((v["failed"] for k, v in lines.known.items() if k.startswith(f"{entry.key} |") and "failed" in v), "")
     return {
         "label": entry.label,
@@ -334,7 +336,7 @@ def summary(entry: Entry, lines: Lines) -> Line:
         "failed": failed,
         "mean": statistics.mean(scores) if scores else None,
         "sd": statistics.stdev(scores) if len(scores) > 1 else None,
-        "trained": costs["trained"] - costs["head"] if "trained" in costs else None,
+        "trained": count - costs["head"] if count is not None and costs else None,
         "saved": costs.get("saved"),
         "file": costs.get("file"),
     }
