@@ -7,14 +7,15 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from petiole.anatomy import Site
 from petiole.errors import AttachError, TrainingError
-from petiole.method import Base, Delta, Moment
+from petiole.method import Base, Delta, Layers, Method, Moment, layers_field
 from petiole.methods.lowrank.factors import Product
 
 if TYPE_CHECKING:
@@ -134,19 +135,51 @@ def growing(moment: Moment) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------- budget
 
 
-def total_target(slug: str, target_total_rank: int | None, average: int, init_rank: int, count: int) -> int:
-    """The ranks that `count` sites shall have together.
+class Budgeted(Method):
+    """What methods whose ranks grow have in common: a budget, the scale, what keeps components apart."""
 
-    Raises:
-        AttachError: fewer than at the start.
-    """
-    total = average * count if target_total_rank is None else target_total_rank
-    if total < init_rank * count:
-        raise AttachError(
-            f"{slug}: target_total_rank = {total}, but {count} sites start at rank {init_rank}, {init_rank * count} together\n"
-            "raise it, or name fewer sites (roles, layers)"
-        )
-    return total
+    saves: ClassVar[str] = "optimiser state and checkpoint; ranks go where they count; free at inference once merged"
+    merges: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    size: ClassVar[str] = "target_rank"
+
+    target_rank: int = Field(ge=1, description="Average rank at the end; with the number of sites, the budget.")
+    target_total_rank: int | None = Field(None, ge=1, description="The budget: ranks of all sites together at the end.")
+    init_rank: int = Field(1, ge=1, description="Rank of each site at the start.")
+    alpha: float | None = Field(gt=0, description="Numerator of the scale alpha / R; init_rank if None.")
+    orthogonality_weight: float = Field(0.1, ge=0, description="λ, of the loss term that keeps components apart.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A, in training.")
+    layers: Layers = layers_field()
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.target_total_rank is None and self.target_rank < self.init_rank:
+            raise ValueError(f"target_rank = {self.target_rank} is below init_rank = {self.init_rank}: ranks only grow")
+        return self
+
+    def left(self, total: int, count: int) -> int:
+        """The ranks that the budget of `count` sites holds beside the `total` that there are.
+
+        Raises:
+            AttachError: the budget is below what there is at the start.
+        """
+        budget = self.target_rank * count if self.target_total_rank is None else self.target_total_rank
+        if budget < self.init_rank * count:
+            raise AttachError(
+                f"{self.slug}: target_total_rank = {budget}, but {count} sites start at rank {self.init_rank}, {self.init_rank * count} together\n"
+                "raise it, or name fewer sites (roles, layers)"
+            )
+        return budget - total
+
+    def scale(self, rank: int) -> float:
+        """s at rank R"""
+        return (self.init_rank if self.alpha is None else self.alpha) / (rank + 1e-5)
+
+    def loss(self, moment: Moment) -> Tensor | None:
+        """λ · mean over sites of (‖A Aᵀ - I‖_F + ‖BᵀB - I‖_F) / 2"""
+        if not self.orthogonality_weight:
+            return None
+        return self.orthogonality_weight * orthogonality([delta.factors() for delta in growing(moment)])
 
 
 def chosen(scores: Sequence[float], count: int, room: int) -> list[int]:

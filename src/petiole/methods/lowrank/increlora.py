@@ -27,40 +27,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError, TrainingError
 from petiole.factored import Parts
-from petiole.method import Base, Layers, Method, Moment, Place, layers_field
+from petiole.method import Base, Moment, Place
 from petiole.methods.lowrank import growth
 from petiole.methods.lowrank.factors import multiplied
-from petiole.methods.lowrank.growth import Growing, Importance, growing, joined, seen
+from petiole.methods.lowrank.growth import Budgeted, Growing, Importance, growing, joined, seen
 from petiole.methods.lowrank.origin import linears
 
 _RESERVE = 1e-5  # E of a component that does not count yet
 _STD = 0.02  # of A and B
 
 
-class IncreLoRA(Method):
+class IncreLoRA(Budgeted):
     """LoRA that starts at rank 1 and adds ranks where the change of the weight matters most."""
 
     slug: ClassVar[str] = "increlora"
     title: ClassVar[str] = "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning"
     paper: ClassVar[str] = "2308.12043"
-    saves: ClassVar[str] = "optimiser state and checkpoint; ranks go where they count; free at inference once merged"
-    merges: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    size: ClassVar[str] = "target_rank"
     learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-3)
 
     target_rank: int = Field(2, ge=1, description="Average rank at the end; with the number of sites, the budget.")
-    target_total_rank: int | None = Field(None, ge=1, description="The budget: ranks of all sites together at the end.")
-    init_rank: int = Field(1, ge=1, description="Rank of each site at the start.")
     rank_increment: int | None = Field(
         None, ge=1, description="Ranks g that a site gets at a time; half of target_rank, at least 1, if None."
     )
@@ -71,22 +65,13 @@ class IncreLoRA(Method):
     ema_decay: float = Field(0.85, gt=0, lt=1, description="β₁, of the mean I of S.")
     uncertainty_decay: float = Field(0.85, gt=0, lt=1, description="β₂, of the mean U of |S - I|.")
     alpha: float | None = Field(32.0, gt=0, description="Numerator of the scale alpha / R; init_rank if None.")
-    orthogonality_weight: float = Field(0.1, ge=0, description="λ, of the loss term that keeps components apart.")
     advance_learn: bool = Field(True, description="Let the A and B of reserves learn before they count.")
     restart_warmup: bool = Field(
         True, description="New ranks have a warm-up of their own, then fall to 0; off: the run's schedule."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A, in training.")
     roles: tuple[str, ...] | None = Field(
         None, min_length=1, description="Linears to adapt, by role; all of the usual ones if None."
     )
-    layers: Layers = layers_field()
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.target_total_rank is None and self.target_rank < self.init_rank:
-            raise ValueError(f"target_rank = {self.target_rank} is below init_rank = {self.init_rank}: ranks only grow")
-        return self
 
     @property
     def increment(self) -> int:
@@ -95,8 +80,7 @@ class IncreLoRA(Method):
 
     def room(self, total: int, count: int) -> int:
         """How many increments the budget of `count` sites holds beside the `total` ranks that there are."""
-        budget = growth.total_target(self.slug, self.target_total_rank, self.target_rank, self.init_rank, count)
-        return (budget - total) // self.increment
+        return self.left(total, count) // self.increment
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         sites = linears(self.slug, anatomy, self.roles, self.layers)
@@ -105,12 +89,6 @@ class IncreLoRA(Method):
             yield Place(site, Components(site, self, grows))
 
     # ---- over time
-
-    def loss(self, moment: Moment) -> Tensor | None:
-        """λ · mean over sites of (‖A Aᵀ - I‖_F + ‖BᵀB - I‖_F) / 2"""
-        if not self.orthogonality_weight:
-            return None
-        return self.orthogonality_weight * growth.orthogonality([delta.factors() for delta in growing(moment)])
 
     def before_step(self, moment: Moment) -> None:
         deltas = [delta for delta in growing(moment) if delta.reserve]
@@ -258,8 +236,7 @@ class Components(Growing):
     def product(self, count: int) -> Parts:
         """Of the first `count` blocks."""
         A, E, B = (list(blocks)[:count] for blocks in (self.A, self.E, self.B))
-        alpha = self.method.init_rank if self.method.alpha is None else self.method.alpha
-        return joined(A), joined(B, 1), alpha / (self.rank + 1e-5), None, joined(E)
+        return joined(A), joined(B, 1), self.method.scale(self.rank), None, joined(E)
 
     def factored(self) -> Parts | None:
         return None if self.watches() else super().factored()

@@ -37,15 +37,15 @@ from torch import Tensor, nn
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import TrainingError
 from petiole.factored import Parts
-from petiole.method import Layers, Method, Moment, Place, layers_field
+from petiole.method import Moment, Place
 from petiole.methods.lowrank import growth
-from petiole.methods.lowrank.growth import Growing, growing, joined
+from petiole.methods.lowrank.growth import Budgeted, Growing, growing, joined
 from petiole.methods.lowrank.origin import linears
 
 _STD = 0.02  # of what does not start at 0
 
 
-class TriAdaptLoRA(Method):
+class TriAdaptLoRA(Budgeted):
     """LoRA with a core of two triangles, whose rank grows where the core grows."""
 
     slug: ClassVar[str] = "triadaptlora"
@@ -53,14 +53,8 @@ class TriAdaptLoRA(Method):
         "TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient Fine-Tuning"
     )
     paper: ClassVar[str] = "2501.08008"
-    saves: ClassVar[str] = "optimiser state and checkpoint; ranks go where they count; free at inference once merged"
-    merges: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    size: ClassVar[str] = "target_rank"
 
     target_rank: int = Field(8, ge=1, description="Average rank at the end; with the number of sites, the budget.")
-    target_total_rank: int | None = Field(None, ge=1, description="The budget: ranks of all sites together at the end.")
-    init_rank: int = Field(1, ge=1, description="Rank of each site at the start.")
     rank_increment: int | None = Field(
         None,
         ge=1,
@@ -76,14 +70,11 @@ class TriAdaptLoRA(Method):
         None, ge=1, description="T, the steps after which the budget is spent; those of the training run if None."
     )
     alpha: float | None = Field(16.0, gt=0, description="Numerator of the scale alpha / R; init_rank if None.")
-    orthogonality_weight: float = Field(0.1, ge=0, description="λ, of the loss term that keeps components apart.")
     init: Literal["default", "core_zero", "reference"] = Field(
         "default",
         description="default: A and L normal; core_zero: A and B normal; reference: A₁ alone, from which nothing is learnt.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="On the input of A, in training.")
     roles: tuple[str, ...] = Field(("q", "v"), min_length=1, description="Linears to adapt, by role.")
-    layers: Layers = layers_field()
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -91,8 +82,6 @@ class TriAdaptLoRA(Method):
             raise ValueError(
                 f"target_rank = {self.target_rank} has no half: give rank_increment, or an even target_rank"
             )
-        if self.target_total_rank is None and self.target_rank < self.init_rank:
-            raise ValueError(f"target_rank = {self.target_rank} is below init_rank = {self.init_rank}: ranks only grow")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise ValueError(
                 f"total_steps = {self.total_steps} ends before growth begins, after {self.warmup_steps} steps"
@@ -102,10 +91,6 @@ class TriAdaptLoRA(Method):
     @property
     def increment(self) -> int:
         return self.rank_increment or self.target_rank // 2
-
-    def left(self, total: int, count: int) -> int:
-        """D, the ranks that the budget of `count` sites holds beside the `total` that there are."""
-        return growth.total_target(self.slug, self.target_total_rank, self.target_rank, self.init_rank, count) - total
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         if self.init == "reference":
@@ -119,12 +104,6 @@ class TriAdaptLoRA(Method):
             yield Place(site, Triangles(site, self))
 
     # ---- over time
-
-    def loss(self, moment: Moment) -> Tensor | None:
-        """λ · mean over sites of (‖A Aᵀ - I‖_F + ‖BᵀB - I‖_F) / 2"""
-        if not self.orthogonality_weight:
-            return None
-        return self.orthogonality_weight * growth.orthogonality([delta.factors() for delta in growing(moment)])
 
     def before_step(self, moment: Moment) -> None:
         """Norms at the start, which the first scores are counted from.
@@ -237,5 +216,4 @@ class Triangles(Growing):
         return strips.new_zeros(self.rank**2).index_add(0, self.places, strips).view(self.rank, self.rank)
 
     def parts(self) -> Parts:
-        alpha = self.method.init_rank if self.method.alpha is None else self.method.alpha
-        return *self.factors(), alpha / (self.rank + 1e-5), None, self.core()
+        return *self.factors(), self.method.scale(self.rank), None, self.core()
