@@ -176,7 +176,7 @@ def four_layers(seed: int, share: float = 1 / 8) -> tuple[Parallel, Tensor, Tens
 
 
 def fit_growing(
-    method: pt.Method, seed: int, learning_rate: float, steps: int, share: float = 1 / 8
+    method: pt.Method, seed: int, learning_rate: float, steps: int, share: float = 1 / 8, weight_decay: float = 0.0
 ) -> tuple[list[int], float]:
     """Train a method that grows on the four layers with AdamW. Returns the final ranks, and the sum of the mean square errors."""
     from petiole.methods.lowrank.growth import rank_pattern
@@ -184,7 +184,7 @@ def fit_growing(
 
     model, x, y = four_layers(seed, share)
     tuned = pt.attach(model.train(), method.model_copy(update={"roles": ("q",)}), seed=seed, found=parts(model))
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=learning_rate, weight_decay=weight_decay)
     events = Events(model, optimizer, total_steps=steps, prove=False)  # two layers are right already
     events.begin()
     for _ in range(steps):
