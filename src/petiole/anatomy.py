@@ -251,6 +251,17 @@ class Anatomy:
         ]
         return ends[-1] if ends and attentions else None
 
+    def final_norm(self, stack: Stack) -> Site | None:
+        """The norm that follows the last block of a stack; None where the blocks end with their own."""
+        found = [
+            site
+            for site in self.outside
+            if site.role == "norm"
+            and "emb" not in site.path
+            and all(c.startswith(f"{o}." if (o := site.path.rpartition(".")[0]) else "") for c in stack.containers)
+        ]
+        return found[-1] if found else None
+
     def _of_role(
         self, asked: str, layers: Sequence[int] | None, stack: str | None, partial: bool, request: str
     ) -> list[Site]:

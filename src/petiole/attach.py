@@ -93,7 +93,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
         for number, method in enumerate(methods):
             # For modules that initialise themselves when built: on CPU, so no other device's generator is touched.
             torch.default_generator.manual_seed(site_seed(seed, f"{number}"))
-            places = list(method.deltas(found))
+            places = list(method.deltas_on(found, model))
             shared = method.shared(found)
             if shared is not None:
                 made.shared[number] = shared
@@ -107,7 +107,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
                 ready(place.delta, Base(place.site, module), site_seed(seed, key), device_of(module, model))
             method.bind({key.partition(".")[2]: place.delta for key, place in mine.items()}, shared)
             trained = list(method.trains(found, model))
-            if not places and not trained and type(method).deltas is not Method.deltas:
+            if not places and not trained and (method.overrides("deltas") or method.overrides("deltas_on")):
                 raise AttachError(
                     f"{method.slug or type(method).__name__} finds no place on {found.model_class}, which has {', '.join(found.roles)}"
                 )
@@ -214,6 +214,8 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
             raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
         if isinstance(delta, TokenDelta) and sequence_first(module):
             raise AttachError(f"{where} holds its hidden states as (time, batch, width); tokens need batch_first=True")
+        if isinstance(delta, StackDelta) and sequence_first(module) and delta.reads_calls:
+            raise AttachError(f"{where} holds its hidden states as (time, batch, width); side networks need batch_first=True")
         if site.repeats > 1 and isinstance(delta, StackDelta):
             raise AttachError(
                 f"{where} runs {site.repeats} times in one forward pass, which a {type(delta).__name__} can't follow"

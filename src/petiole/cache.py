@@ -135,8 +135,8 @@ class Cut:
 
     Attributes:
         skipped: how many blocks, from the input.
-        depths: blocks whose output is kept (all of them where a side network reads them all, else the last one skipped).
-        tails: what the blocks return beside their hidden state, tensors left out.
+        depths: blocks whose output is kept: those that a side network reads, and the last one skipped.
+        tails: what the blocks return beside their hidden state, tensors without their values.
     """
 
     stack: Stack
@@ -152,14 +152,16 @@ def cuts(host: Host) -> list[Cut]:
         AttachError: nothing can be skipped, and why.
     """
     lowest: dict[str, tuple[int, str]] = {}  # stack -> depth of the first trained site, and its name
-    sides: set[str] = set()
+    sides: dict[str, set[int]] = {}  # stack -> depths whose outputs are read beside it
     outside = ""
     active = [a for a in host.adaptations.values() if a.name in host.active]
     for adaptation in active:
         for slot in adaptation.slots:
             site = slot.site
             if isinstance(slot, StackSlot):
-                sides.add(site.stack)
+                sides.setdefault(site.stack, set()).update(number - 1 for number in slot.reads)
+                if site.side == "input" and site.depth < lowest.get(site.stack, (10**9, ""))[0]:
+                    lowest[site.stack] = (site.depth, site.key)
             elif not site.stack and site.role not in ("head", "lm_head", "pooler", "norm"):
                 outside = site.key
             elif site.stack:
@@ -182,8 +184,8 @@ def cuts(host: Host) -> list[Cut]:
     for stack in host.anatomy.stacks:
         depth = lowest.get(stack.name, (len(stack.blocks), ""))[0]
         if depth:
-            every = tuple(range(depth)) if stack.name in sides else (depth - 1,)
-            found.append(Cut(stack, depth, every))
+            read = {number for number in sides.get(stack.name, ()) if 0 <= number < depth}
+            found.append(Cut(stack, depth, tuple(sorted(read | {depth - 1}))))
         if stack.name in lowest:
             break  # what comes after reads what trains
     if not found:
@@ -329,7 +331,9 @@ class Cache:
                     raise TrainingError(
                         f"the cache can't cut {cut.stack.name} here: its blocks hand on more than one tensor"
                     )
-                cut.tails[depth] = tuple(None if isinstance(part, Tensor) else part for part in output[1:])
+                # An empty tensor stands for one, so that who follows what blocks hand on still can.
+                rest = (part.new_empty(0) if isinstance(part, Tensor) else part for part in output[1:])
+                cut.tails[depth] = tuple(rest)
             if depth in cut.depths:
                 self._keep(cut, depth, keys, of_output(output)[0])
 

@@ -354,36 +354,118 @@ class AroundSlot(Slot):
         return put(self.delta.leave(y, self.release()))
 
 
+@dataclass
+class Call:
+    """How a block was called, its hidden state left out, and what it returned beside that."""
+
+    block: nn.Module
+    args: Args
+    kwargs: Kwargs
+    rest: tuple[Any, ...] = ()
+
+    def on(self, h: Tensor) -> tuple[Args, Kwargs]:
+        """The arguments, with a hidden state."""
+        found: tuple[Args, Kwargs] = of_input(self.args, self.kwargs)[1](h)
+        return found
+
+
+@dataclass
+class Record:
+    """What was seen of a stack in a forward pass: hidden states by number, the calls of its blocks, and how many have run."""
+
+    states: dict[int, Tensor]
+    calls: list[Call]
+    done: int = 0
+
+
 class StackSlot(Slot):
-    """Collects the hidden states of a whole stack and writes its last one."""
+    """Collects hidden states of a stack, and writes its last one; at a block's input, those up to there, and that input."""
+
+    def __init__(self, host: Host, adaptation: str, number: int, place: Place, key: str) -> None:
+        super().__init__(host, adaptation, number, place, key)
+        self.blocks = host.anatomy.stack(self.site.stack).blocks
+        self.count = self.site.depth if self.site.side == "input" else len(self.blocks)
+        reads = self.delta.reads
+        self.reads = tuple(range(self.count + 1) if reads is None else reads)
 
     def points(self) -> Iterator[Point]:
-        blocks = self.host.anatomy.stack(self.site.stack).blocks
-        yield Point(blocks[0].path, "before", "open")
-        for block in blocks[:-1]:
+        yield Point(self.blocks[0].path, "before", "open")
+        for block in self.blocks[: self.count]:
+            if self.delta.reads_calls:
+                yield Point(block.path, "before", "note")
             yield Point(block.path, "after", "collect")
-        yield Point(blocks[-1].path, "after", "close", owns=True)
+        if self.site.side == "input":
+            yield Point(self.site.path, "before", "begin", owns=True)
+        else:
+            yield Point(
+                stack_exit(self.host, self.site.stack) if self.delta.writes == "stack" else self.blocks[-1].path,
+                "after",
+                "close",
+                owns=True,
+            )
 
-    def open(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-        self.hold([of_input(args, kwargs)[0]])
+    def open(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
+        h, put = of_input(args, kwargs)
+        cut = self.delta.detaches and h.requires_grad
+        h = h.detach() if cut else h
+        self.hold(Record({0: h} if 0 in self.reads else {}, []))
+        return put(h) if cut else None
 
-    def states(self, h: Tensor) -> list[Tensor]:
-        states = self.release()
-        if states is None:
+    def record(self, last: bool = False) -> Record:
+        record = self.release()
+        if record is None:
             raise AttachError(f"{self.site.key}: a block ran before the first block of its stack")
-        return [*states, h]
+        if not last:
+            self.hold(record)
+        return record
+
+    def note(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        record = self.record()
+        h, put = of_input(args, kwargs)
+        if len(record.calls) == record.done:  # and not a recomputation
+            record.calls.append(Call(module, *put(h.new_empty(0))))
 
     def collect(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        self.hold(self.states(of_output(output)[0]))
+        record = self.record()
+        if record.done < self.count:
+            record.done += 1
+            h = of_output(output)[0]
+            if record.done in self.reads:
+                record.states[record.done] = h.detach() if self.delta.detaches else h
+            if record.calls and isinstance(output, tuple):
+                record.calls[-1].rest = output[1:]
         return output
+
+    def run(self, h: Tensor) -> Any:
+        """What the delta makes of the states, given the one that it replaces."""
+        self.fire()
+        record = self.record(last=True)
+        rows = self.host.rows(self.adaptation, h)
+        states = [record.states[number] for number in self.reads]
+        if self.delta.reads_calls:
+            return self.delta(states, record.calls, h.detach() if self.delta.detaches else h)
+        if rows is None:
+            return self.delta(states)
+        states = [state.index_select(0, rows) for state in states]
+        return on_rows(h, rows, lambda _: self.delta(states))
 
     def close(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         h, put = of_output(output)
-        self.fire()
-        states, rows = self.states(h), self.host.rows(self.adaptation, h)
-        if rows is not None:
-            states = [state.index_select(0, rows) for state in states]
-        return put(on_rows(h, rows, lambda _: self.delta(states).to(h.dtype)))
+        new = self.run(h)
+        return output if new is None else put(new.to(h.dtype))
+
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
+        h, put = of_input(args, kwargs)
+        new = self.run(h)
+        return None if new is None else put(new.to(h.dtype))
+
+
+def stack_exit(host: Host, name: str) -> str:
+    """Path of the module whose output is that of a whole stack: its final norm, or what holds its blocks."""
+    stack = host.anatomy.stack(name)
+    norm = host.anatomy.final_norm(stack)
+    owner = stack.containers[-1].rpartition(".")[0]
+    return norm.path if norm is not None else owner or stack.blocks[-1].path
 
 
 class BlockSlot(Slot):

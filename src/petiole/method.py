@@ -281,7 +281,15 @@ class AroundDelta(Delta):
 
 
 class StackDelta(Delta):
-    """A network beside a whole stack. `forward`: the L+1 hidden states, input first -> the stack's new last hidden state."""
+    """A network beside a stack. `forward`: the hidden states, the stack's input first -> the stack's new last hidden state.
+
+    At a block's input instead, it gets the states up to there, and what it gives is the block's input. None changes nothing.
+    """
+
+    reads: Sequence[int] | None = None  # numbers of the states to be held: 0 is the stack's input, i + 1 the output of block i
+    reads_calls: bool = False  # forward(states, calls, h) is given each block's call, too, and the state that it replaces
+    detaches: bool = False  # it gets, and leaves to the blocks that it reads, no graph
+    writes: Literal["block", "stack"] = "block"  # after the last block, or after the stack's final norm
 
 
 # ------------------------------------------------------------------------------------------------------------------------ base
@@ -572,6 +580,10 @@ class Method(Config):
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         """Say which delta sits on which site."""
         yield from ()
+
+    def deltas_on(self, anatomy: Anatomy, model: nn.Module) -> Iterator[Place]:
+        """The same, for deltas that are built like the backbone's own modules. No value of the model is read here."""
+        yield from self.deltas(anatomy)
 
     def shared(self, anatomy: Anatomy) -> nn.Module | None:
         """A module whose parameters the whole attachment owns; `deltas` reaches it through `bind`."""

@@ -17,6 +17,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._held: dict[int, Published] = {}
+        self._kept: dict[tuple[int, str], Any] = {}
 
     def publish(self, place: int, states: Mapping[str, Tensor]) -> None:
         """Say what runs at a place, in whatever stood there's stead."""
@@ -37,6 +38,17 @@ class Streams:
         """Undo a `take`."""
         if published:
             self._held[self._here()] = published
+
+    def keep(self, name: str, value: Any) -> None:
+        """Hold a value beyond the forward pass, until another takes its place: an encoder's, for the decoder's passes in generation."""
+        if value is None:
+            self._kept.pop((self._here(), name), None)
+        else:
+            self._kept[self._here(), name] = value
+
+    def kept(self, name: str) -> Any:
+        """What was kept in this thread; None is nothing."""
+        return self._kept.get((self._here(), name))
 
     @staticmethod
     def _here() -> int:

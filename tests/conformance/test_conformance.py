@@ -116,6 +116,8 @@ def home(slug: str) -> str:
 def small(cls: type[Method]) -> Method:
     """The method as it comes, only of small size, and so that training computes what evaluation does."""
     still: dict[str, Any] = {"dropout": 0.0} if "dropout" in cls.model_fields else {}
+    if "reduction_factor" in cls.model_fields:  # by which the widths of tiny models must divide
+        still["reduction_factor"] = 4
     if not cls.size:
         return cls(**still)
     size = min(3, default_of(cls, cls.size) or 3)
