@@ -182,6 +182,8 @@ class Recall:
         self.inner, self.host = inner, host
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if recomputing():  # a larger part is computed again already
+            return function(*args, **kwargs)
         if getattr(self.inner, "keywords", {}).get("use_reentrant") and not any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):
@@ -202,20 +204,36 @@ class Recall:
         return inner(again, *args, **kwargs)
 
 
+class Recollection:
+    """What a part of a forward pass saw, for computing it again when that forward pass is over."""
+
+    def __init__(self, host: Host) -> None:
+        # A copy, so that even the empty context is known for one that was brought back.
+        self.host, self.context, self.held = host, replace(_CURRENT.get()), host.holding()
+        self.within = host.passing()
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """As if that forward pass were not over."""
+        with entered(self.context), self.host.resumed(self.held, self.within):
+            yield
+
+
 class _Twice:
     """A part of a forward pass: run once, and again, when that forward pass is over, as if it were not."""
 
     def __init__(self, host: Host, function: Callable[..., Any]) -> None:
-        self.host, self.function, self.first = host, function, True
-        # A copy, so that even the empty context is known for one that was brought back.
-        self.context, self.held = replace(_CURRENT.get()), host.holding()
-        self.within = host.passing()
+        self.function, self.first, self.recollection = function, True, Recollection(host)
+
+    @property
+    def held(self) -> list[Any]:
+        return self.recollection.held
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.first:
             self.first = False
             return self.function(*args, **kwargs)
-        with entered(self.context), self.host.resumed(self.held, self.within):
+        with self.recollection.resumed():
             return self.function(*args, **kwargs)
 
 
