@@ -645,6 +645,21 @@ def test_a_norm_that_runs_before_the_ffn_is_not_taken_for_the_one_that_ends_the_
         model(torch.randn(2, 5, 32))
 
 
+@pytest.mark.parametrize("name", [*(name for name in FORMS if name != "pfeiffer"), "MAM"])
+def test_one_stack_alone(name: str) -> None:
+    """The language model behind an image encoder that it reads but one state of."""
+    method = (
+        pt.MAM(length=3, bottleneck=3, stack="text")
+        if name == "MAM"
+        else FORMS[name].model_copy(update={"stack": "text"})
+    )
+    model = tiny.model("llava")
+    tuned = pt.attach(model, method)
+    assert {slot.site.stack for slot in tuned.slots} <= {"text"} and (tuned.slots or name == "bitfit")
+    if name != "bitfit":
+        tuned.check(tiny.batch("llava"))
+
+
 def test_vectors_are_of_the_heads_that_hold_keys() -> None:
     tuned = pt.attach(tiny.model("llama"), [at_attention(composition="add", reparametrisation="none")])
     assert all(slot.delta.key.shape == (3, 16) for slot in tuned.slots if isinstance(slot.delta, Vectors))

@@ -129,7 +129,7 @@ def lora(case: Case) -> None:
     """One pair of the form "lora", whose scale is alpha / rank."""
     rank, alpha = case.option("r"), case.option("alpha")
     assert case["param.weight"].shape == (case.option("d_out"), case.option("d_in"))
-    part = AttentionSite(form="lora", bottleneck=rank, scale=alpha / rank).part(None)
+    part = AttentionSite(form="lora", bottleneck=rank, scale=alpha / rank).part(None, None)
     assert isinstance(part, pt.LoRA) and part.scaling == alpha / rank
     model, delta = linears.attached(part, case["param.weight"], case["param.bias"])
     set_(delta.A, case["param.lora_A"])

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
-from petiole.method import Layers, Method, layers_field
+from petiole.method import Layers, Method, layers_field, stack_field
 from petiole.methods.adapters.composed import Composed
 from petiole.methods.adapters.parallel import ScaledParallelAdapter
 from petiole.methods.prompts.prefix import PrefixTuning
@@ -46,6 +46,7 @@ class MAM(Composed):
     hidden_size: int = Field(800, ge=1, description="Inner width of that MLP.")
     dropout: float = Field(0.0, ge=0, lt=1, description="In the adapters and on the keys and values, in training.")
     layers: Layers = layers_field()
+    stack: str | None = stack_field()
 
     @field_validator("scale")
     @classmethod
@@ -62,12 +63,14 @@ class MAM(Composed):
                 hidden_size=self.hidden_size,
                 dropout=self.dropout,
                 layers=self.layers,
+                stack=self.stack,
             ),
             ScaledParallelAdapter(
                 bottleneck=self.bottleneck,
                 scale=self.scale,
                 learn_scale=self.learn_scale,
                 dropout=self.dropout,
+                roles=(f"{self.stack}:ffn" if self.stack else "ffn",),
                 layers=self.layers,
             ),
         )

@@ -13,8 +13,9 @@ Trains   per attention: 2 l d (prefix), 2 d r + r + d + 2 d (adapter with its no
 Starts   at the backbone with LoRA and with adapters of `init="lora"`; near it otherwise.
 Merges   LoRA does, and biases; adapters and prefixes stay: `merge(partly=True)`. The MLP of a prefix folds away on save.
 
-By default it is MAM for generation. `UnifiedView.preset(name)` gives the paper's points. In training the backbone's own dropout after an ffn
-acts on what is added there too. Both sub-layers are given as `{"form": …, …}` with these fields (`AttentionSite`, `FFNSite`).
+By default it is MAM for generation. `UnifiedView.preset(name)` gives the paper's points, and a point of one's own is given by its fields:
+`UnifiedView(attention={"form": "adapter", "bottleneck": 8}, ffn={"form": "none"})`. In training the backbone's own dropout after a sub-layer
+acts on what is added there too.
 
 Relations: `houlsby`, `pfeiffer`, `parallel-adapter`, `prefix-tuning`, `lora`, `prompt-tuning`, `bitfit` are its pure points and have options
 of their own; `mam` is its best one, in the sizes for classification.
@@ -29,7 +30,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petiole.anatomy import Anatomy
 from petiole.errors import ConfigError
-from petiole.method import Config, Delta, Layers, Method, Place, WeightDelta, layers_field
+from petiole.method import Config, Delta, Layers, Method, Place, WeightDelta, layers_field, stack_field
 from petiole.methods.adapters.bottleneck import Activation, Init, Insertion, NormAt, inserted
 from petiole.methods.adapters.composed import Composed
 from petiole.methods.adapters.multihead import MultiHeadAdapter
@@ -82,9 +83,13 @@ class SubLayer(Config):
             raise ValueError(f"form={info.data.get('form')!r} reads the input: insertion='parallel'")
         return insertion
 
-    def lora(self, roles: Sequence[str], layers: Layers) -> LoRA:
+    def lora(self, roles: Sequence[str], layers: Layers, stack: str | None) -> LoRA:
         return LoRA(
-            rank=self.bottleneck, alpha=self.scale * self.bottleneck, dropout=self.dropout, roles=roles, layers=layers
+            rank=self.bottleneck,
+            alpha=self.scale * self.bottleneck,
+            dropout=self.dropout,
+            roles=[f"{stack}:{role}" if stack else role for role in roles],
+            layers=layers,
         )
 
 
@@ -136,20 +141,21 @@ class AttentionSite(SubLayer):
             raise ValueError("a multi-head adapter has a norm on its input: in, or leave it out")
         return norm
 
-    def part(self, layers: Layers) -> Method | None:
+    def part(self, layers: Layers, stack: str | None) -> Method | None:
         """The method that does it."""
         if self.form == "none":
             return None
         if self.form == "lora":
-            return self.lora(("q", "v"), layers)
+            return self.lora(("q", "v"), layers, stack)
         if self.form == "adapter":
-            return Adapters(site=self, layers=layers)
+            return Adapters(site=self, layers=layers, stack=stack)
         vectors: dict[str, Any] = {
             "length": self.bottleneck,
             "reparametrisation": self.reparametrisation,
             "hidden_size": self.hidden_size,
             "dropout": self.dropout,
             "layers": layers,
+            "stack": stack,
         }
         if self.form == "multihead_adapter":
             return MultiHeadAdapter(scale=self.scale, **vectors)
@@ -179,11 +185,13 @@ class FFNSite(SubLayer):
             raise ValueError("form='lora' has no norm")
         return norm
 
-    def part(self, layers: Layers) -> Method | None:
+    def part(self, layers: Layers, stack: str | None) -> Method | None:
         """The method that does it."""
         if self.form == "none":
             return None
-        return self.lora(("up", "down"), layers) if self.form == "lora" else Adapters(site=self, layers=layers)
+        if self.form == "lora":
+            return self.lora(("up", "down"), layers, stack)
+        return Adapters(site=self, layers=layers, stack=stack)
 
 
 class Adapters(Method):
@@ -191,15 +199,17 @@ class Adapters(Method):
 
     site: AttentionSite | FFNSite
     layers: Layers
+    stack: str | None
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         site = self.site
         insertion: Insertion = site.insertion
         if isinstance(site, AttentionSite):
-            sites = anatomy.attentions(self.layers) or anatomy.sites(["attention"], self.layers)
+            sites = anatomy.attentions(self.layers, self.stack)
+            sites = sites or anatomy.sites(["attention"], self.layers, self.stack)  # which says what is missing
             insertion = "before_projection" if insertion == "parallel" else insertion
         else:
-            sites = anatomy.sites(["ffn"], self.layers)
+            sites = anatomy.sites(["ffn"], self.layers, self.stack)
         yield from inserted(
             anatomy,
             sites,
@@ -230,6 +240,7 @@ class UnifiedView(Composed):
     )
     length: int = Field(30, ge=1, description="Tokens of `extra='prompt_tuning'`.")
     layers: Layers = layers_field()
+    stack: str | None = stack_field()
 
     @field_validator("extra")
     @classmethod
@@ -256,10 +267,10 @@ class UnifiedView(Composed):
     def parts(self) -> Sequence[Method]:
         extra: dict[str, Method] = {
             "bitfit": BitFit(),
-            "prompt_tuning": PromptTuning(length=self.length, init="normal"),
+            "prompt_tuning": PromptTuning(length=self.length, init="normal", stack=self.stack),
         }
-        found = (self.attention.part(self.layers), self.ffn.part(self.layers), extra.get(self.extra))
-        return [part for part in found if part is not None]
+        sites = [site.part(self.layers, self.stack) for site in (self.attention, self.ffn)]
+        return [part for part in (*sites, extra.get(self.extra)) if part is not None]
 
     def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
         why = "an adapter or a prefix is not a change of a weight"
