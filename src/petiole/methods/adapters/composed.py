@@ -11,15 +11,15 @@ from petiole.method import Delta, Method, Moment, Place
 
 
 class Composed(Method):
-    """A method that is a list of others. One of them at most may have a module that the whole attachment owns."""
+    """A method that is a list of others, which do nothing over time. One of them at most may have a module that all of it shares."""
 
     def parts(self) -> Sequence[Method]:
         """The methods, in the order in which they act at one place."""
         raise NotImplementedError
 
-    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+    def deltas_on(self, anatomy: Anatomy, model: nn.Module) -> Iterator[Place]:
         for part in self.parts():
-            yield from part.deltas(anatomy)
+            yield from part.deltas_on(anatomy, model)
 
     def shared(self, anatomy: Anatomy) -> nn.Module | None:
         return next((module for part in self.parts() if (module := part.shared(anatomy)) is not None), None)
