@@ -19,6 +19,7 @@ from petiole.errors import TrainingError
 from training.toys import Growing, Idle, Pull, arguments, rows
 
 PLAIN = {"lr_scheduler_type": "constant", "learning_rate": 0.02, "save_strategy": "no", "max_steps": 5}
+SOON = {"target_rank": 4, "rank_increment": 1, "warmup_steps": 1, "update_interval": 2}  # grows in steps 2, 4, …
 METHODS: dict[str, Any] = {
     "terms": lambda: [pt.LoRA(rank=2), Pull(weight=0.05)],
     "causal": lambda: [pt.LoRA(rank=2), Pull(weight=0.05)],
@@ -31,6 +32,10 @@ METHODS: dict[str, Any] = {
     "reentrant": lambda: pt.LoRA(rank=2),
     # All experts are taken, so that the balance loss is the same for half a batch; one layer's router has nothing to learn.
     "routed": lambda: pt.MoLA(num_experts=[1, 3], top_k=[1, 3], rank=2, dropout=0.0, balance_weight=0.1),
+    # All sites grow at once: scores are the mean of two halves of a batch, whose order may be another.
+    "increlora": lambda: pt.IncreLoRA(**SOON, top_k=99, restart_warmup=False, roles=("q", "v")),
+    "increlora-picks": lambda: pt.IncreLoRA(**SOON, top_k=1, restart_warmup=False, roles=("q", "v")),
+    "triadaptlora": lambda: pt.TriAdaptLoRA(**SOON, growth="fixed", top_k=1),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "terms": {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0},
@@ -47,6 +52,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "max_steps": 2,
     },
     "routed": {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0},
+    "increlora": {"max_steps": 6, "weight_decay": 0.1},
+    "increlora-picks": {"max_steps": 6, "weight_decay": 0.1},
+    "triadaptlora": {"max_steps": 6, "weight_decay": 0.1},
 }
 
 
