@@ -22,6 +22,7 @@ import tiny
 import toys
 from petiole.anatomy import Anatomy, Site
 from petiole.attach import host_of
+from petiole.cost import count
 from petiole.errors import AttachError, ConfigError, PetioleError
 from petiole.method import Base, Composition, Delta, HiddenDelta, Method, Moment, Place, TokenDelta
 from toys import Affine, Dense, Gated, Halved, Mixture, Renewed, Times, on, output, shake
@@ -634,6 +635,31 @@ class Bare(Delta):
     def __init__(self) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(1))
+
+
+def test_something_stands_for_a_sub_layer_and_counts_as_a_delta() -> None:
+    """Here for half of an ffn: added is half of what it gives, as in a model whose down projection is half as large."""
+    model, other, batch = tiny.model("llama"), tiny.model("llama"), tiny.batch("llama")
+    before, expected = toys.snapshot(model), output(model, batch)
+
+    class Half(toys.BlockDelta):
+        def __init__(self) -> None:
+            super().__init__()
+            self.share = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, block: nn.Module, h: Tensor) -> Tensor:
+            return self.share * block(h)
+
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.5)
+    tuned = pt.attach(model, toys.method(on(["ffn"], lambda site: Half())))
+    close(output(model, batch), output(other, batch))
+    assert count(model).deltas == tuned.trainable == 2
+    with pt.disabled(model):
+        assert torch.equal(output(model, batch), expected)
+    tuned.detach()
+    assert toys.snapshot(model) == before
 
 
 @pytest.mark.parametrize("what", REFUSED)

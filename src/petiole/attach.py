@@ -209,8 +209,12 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
             raise AttachError(f"{where} is not one module that is called, so nothing can stand around it")
         if sequence_first(module):
             raise AttachError(f"{where} holds its hidden states as (time, batch, width); streams need batch_first=True")
-    if isinstance(delta, (BlockDelta, StackDelta, TokenDelta)):
-        if site.role != "block" or (isinstance(delta, BlockDelta) and not site.path.rpartition(".")[2].isdecimal()):
+    if isinstance(delta, BlockDelta) and not (
+        site.path.rpartition(".")[2].isdecimal() if site.role == "block" else one_module(site)
+    ):
+        raise AttachError(f"{where} is not a block of a list, nor a sub-layer that is one module, for which something could stand in")
+    if isinstance(delta, (StackDelta, TokenDelta)):
+        if site.role != "block":
             raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
         if isinstance(delta, TokenDelta) and sequence_first(module):
             raise AttachError(f"{where} holds its hidden states as (time, batch, width); tokens need batch_first=True")
@@ -623,6 +627,11 @@ class Host:
             self._places[name] = [(n.rpartition(".")[0], n.rpartition(".")[2]) for n, t in every if t is own]
         return self._places[name]
 
+    def forget(self) -> None:
+        """Look modules up again: some have been replaced."""
+        self._paths.clear()
+        self._first.clear()
+
     def first_path(self, path: str) -> str:
         """The same for all paths of one module."""
         if path not in self._first:
@@ -712,14 +721,18 @@ def overlap(one: Site, other: Site) -> bool:
 
 
 class Substitute(nn.Module):
-    """Stands in a stack for a block; whatever the model asks of the block is answered by the block."""
+    """Stands for a block, or one of its sub-layers; whatever the model asks of that is answered by what it stands for."""
 
     def __init__(self, slot: BlockSlot, block: nn.Module) -> None:
         super().__init__()
-        self.delta = slot.delta.train(block.training)
+        self.petiole = slot.delta.train(block.training)  # so called that its parameters are known for a delta's
         self._slot = slot
         self.block = block
         self.training = block.training
+
+    @property
+    def delta(self) -> Any:
+        return self.petiole
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -735,27 +748,32 @@ class Substitute(nn.Module):
                 f"{self._slot.site.key}: what stands in for a block acts on every row of a batch, or on none"
             )
         self._slot.fire()
-        return self.delta(self.block, *args, **kwargs)
+        return self.petiole(self.block, *args, **kwargs)
+
+
+def one_module(site: Site) -> bool:
+    """Whether a sub-layer is one module, which another can stand for."""
+    return site.role in ("attention", "cross_attention", "mixer", "ffn") and f"{site.exit}.".startswith(f"{site.path}.")
 
 
 def substitute(host: Host, slot: BlockSlot) -> None:
-    container, _, index = slot.site.path.rpartition(".")
+    container, _, name = slot.site.path.rpartition(".")
     parent = host.module(container)
-    parent[int(index)] = Substitute(slot, parent[int(index)])  # type: ignore[index,operator]
+    setattr(parent, name, Substitute(slot, getattr(parent, name)))
 
 
 def restore(host: Host, slot: BlockSlot) -> None:
     """Take the slot's own stand-in out, and leave those of others, which may be around it or in it."""
-    container, _, index = slot.site.path.rpartition(".")
+    container, _, name = slot.site.path.rpartition(".")
     parent = host.module(container)
     outer: Substitute | None = None
-    stand_in = parent[int(index)]  # type: ignore[index]
+    stand_in = getattr(parent, name)
     while isinstance(stand_in, Substitute) and stand_in._slot is not slot:
         outer, stand_in = stand_in, stand_in.block
     if not isinstance(stand_in, Substitute):
         return
     if outer is None:
-        parent[int(index)] = stand_in.block  # type: ignore[operator]
+        setattr(parent, name, stand_in.block)
     else:
         outer.block = stand_in.block
 

@@ -460,6 +460,40 @@ def test_a_method_that_calibrates_needs_batches(tmp_path: Path) -> None:
         run.train()
 
 
+def test_methods_see_held_out_data_without_a_random_number_moved(tmp_path: Path) -> None:
+    """The evaluation set of a Trainer, in rounds; its loss is the Trainer's own. In a plain loop what `begin` is given."""
+    seen: list[tuple[list[int], float]] = []
+
+    class Looks(Pull):
+        slug: ClassVar[str] = ""
+
+        def before_step(self, moment: Any) -> None:
+            state, held_out = torch.get_rng_state(), moment.training.held_out
+            batch = held_out.next()
+            with torch.no_grad():
+                seen.append((batch["labels"].tolist(), float(held_out.loss(moment.model, batch))))
+            assert torch.equal(torch.get_rng_state(), state)
+
+    model, data = bert(), rows()
+    pt.attach(model, Looks())
+    settings = arguments(tmp_path, max_steps=4, per_device_eval_batch_size=2)
+    pt.Trainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=data[:6],
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: 7 + outputs.logits.sum() - outputs.logits.sum().detach(),
+    ).train()
+    labels = [int(row["labels"]) for row in data[:6]]
+    assert seen == [(labels[i : i + 2], 7.0) for i in (0, 2, 4, 0)]
+
+    events = Events(model, torch.optim.SGD(parameter_groups(model, learning_rate=0.1)))
+    events.begin([], held_out=iter([{"labels": 1}]))
+    assert events.held_out is not None and events.held_out.next() == {"labels": 1}
+    with pytest.raises(TrainingError, match="gone through only once"):
+        events.held_out.next()
+
+
 def test_calibration_moves_no_random_number(tmp_path: Path) -> None:
     class Quiet(Pull):
         slug: ClassVar[str] = ""

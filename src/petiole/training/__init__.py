@@ -8,9 +8,16 @@ if TYPE_CHECKING:
     from petiole.training.callback import PetioleCallback as PetioleCallback
     from petiole.training.events import Events as Events
     from petiole.training.groups import parameter_groups as parameter_groups
+    from petiole.training.held_out import HeldOut as HeldOut
     from petiole.training.trainer import Trainer as Trainer
 
-_HOMES = {"Events": "events", "PetioleCallback": "callback", "Trainer": "trainer", "parameter_groups": "groups"}
+_HOMES = {
+    "Events": "events",
+    "HeldOut": "held_out",
+    "PetioleCallback": "callback",
+    "Trainer": "trainer",
+    "parameter_groups": "groups",
+}
 
 
 def __getattr__(name: str) -> Any:

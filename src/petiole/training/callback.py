@@ -33,10 +33,11 @@ class PetioleCallback(TrainerCallback):
     Args:
         prove: whether the first step must show that every site was called and every delta moved.
         batches: for methods that calibrate on data; `pt.Trainer` takes them from its own loader.
+        held_out: for methods that compare on held-out data, see `Events.begin`; `pt.Trainer` takes its `eval_dataset`.
     """
 
-    def __init__(self, prove: bool = True, batches: Any = None) -> None:
-        self.prove, self.batches = prove, batches
+    def __init__(self, prove: bool = True, batches: Any = None, held_out: Any = None) -> None:
+        self.prove, self.batches, self.held_out = prove, batches, held_out
         self.events: Events | None = None
         self.epochs: int | None = (
             None  # whose end had been told when the checkpoint was saved from which training goes on
@@ -56,7 +57,7 @@ class PetioleCallback(TrainerCallback):
         self.events.step, self.events.epoch = state.global_step, float(state.epoch or 0)
         done = math.ceil(self.events.epoch) if state.global_step >= state.max_steps else math.floor(self.events.epoch)
         self.events.epochs = self.epochs if self.epochs is not None else done
-        self.events.begin(self.batches)
+        self.events.begin(self.batches, self.held_out)
         while self.events.epochs < done:  # the checkpoint was saved in the last step of an epoch, before its end
             self.events.epoch_end()
 

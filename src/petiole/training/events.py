@@ -45,6 +45,7 @@ from petiole.errors import FileError, TrainingError
 from petiole.method import RATE_FACTOR, Moment
 from petiole.proof import Proof, some
 from petiole.training import groups, processes
+from petiole.training.held_out import HeldOut
 
 PATIENCE = 100  # steps in which a learning rate below its peak may be too small to move anything
 
@@ -79,6 +80,7 @@ class Events:
         self.step, self.epoch, self.epochs = 0, 0.0, 0
         self.proofs: list[Proof] | None = None
         self.loss: Tensor | None = None  # the sum of those seen in this step
+        self.held_out: HeldOut | None = None  # data that a method may look at without training on it
         self.waited = 0  # steps in which movement could have shown
         self.late: list[nn.Parameter] = []  # added in an event, so that DistributedDataParallel doesn't know them
         self.averaged_late = True
@@ -131,14 +133,21 @@ class Events:
     def needs_calibration(self) -> bool:
         return any(method.overrides("calibrate") for a in self.adaptations for method in a.methods)
 
-    def begin(self, batches: Iterable[Mapping[str, Any]] | None = None) -> None:
-        """Before the first step. `batches` are for methods that calibrate on data; the global random generator ends where it was.
+    def begin(
+        self, batches: Iterable[Mapping[str, Any]] | None = None, held_out: HeldOut | Iterable[Any] | None = None
+    ) -> None:
+        """Before the first step. The global random generator ends where it was.
+
+        Args:
+            batches: for methods that calibrate on data.
+            held_out: for methods that compare on data that does not train; a loader of keyword arguments, or with a loss of its own.
 
         Raises:
             TrainingError: a method needs batches and got none.
         """
         self.host.training = weakref.ref(self)  # a copy of the model copies no optimiser
         self.host.owes_terms = False
+        self.held_out = held_out if held_out is None or isinstance(held_out, HeldOut) else HeldOut(held_out)
         if self.optimizer is not None and (names := groups.unmet(self.host.model, self.optimizer)):
             warnings.warn(
                 f"the optimiser decays, or learns at another rate than asked for: {some(names)}; "

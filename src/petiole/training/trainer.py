@@ -33,6 +33,7 @@ from petiole.training import groups, processes, room
 from petiole.training.callback import PetioleCallback, inner
 from petiole.training.diagnosis import empty, where
 from petiole.training.events import Events, check_state, only_acting
+from petiole.training.held_out import HeldOut
 
 SUFFIX = ".petiole.safetensors"
 EVENTS = "events.json"
@@ -160,6 +161,8 @@ class Trainer(HFTrainer):
             self.resumed = read_events(folder)
         self.petiole.epochs = self.resumed.get("epochs")
         self.petiole.batches = Batches(self)
+        if self.eval_dataset is not None:
+            self.petiole.held_out = HeldOut(EvalBatches(self), lambda model, batch: self.compute_loss(model, {**batch}))
         if self.args.save_strategy != "no" and self.is_world_process_zero():
             files.check_writable(self.args.output_dir, self.bytes_needed(folder))  # now, not at the first checkpoint
         with ExitStack() as around:
@@ -512,6 +515,18 @@ class Batches:
             self.kept = broadcast_object_list([self.kept])[0]  # each process has a part of its own
         plain = ({name: value for name, value in batch.items() if name != ROW} for batch in self.kept)
         return (trainer._prepare_inputs(batch) for batch in plain)
+
+
+class EvalBatches:
+    """The batches of a trainer's evaluation set, of the first of several; each process has a part of its own."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        several = self.trainer.eval_dataset
+        loader = self.trainer.get_eval_dataloader(next(iter(several)) if isinstance(several, dict) else None)
+        return (self.trainer._prepare_inputs(batch) for batch in loader)
 
 
 __all__ = ["Trainer"]
