@@ -1,4 +1,4 @@
-"""The second epoch over the first, with the cache: a linear probe, and LoRA on the top third; the same numbers as without.
+"""The second epoch over the first, with the cache: a linear probe, a side network, LoRA on the top third; the same numbers as without.
 
 A ViT of width 192 and 12 blocks over 64 images. One process, one thread; the first epoch computes and keeps, the second reads. FLOPs say what
 time there is to save: below the first block that trains the forward pass goes, while the backward pass above it stays as it was.
@@ -20,6 +20,7 @@ from petiole.cache import Cache
 
 METHODS = {
     "linear-probe": lambda blocks: pt.LinearProbe(),
+    "lst": lambda blocks: pt.LST(init="magnitude"),
     "lora-top-third": lambda blocks: pt.LoRA(rank=8, layers=tuple(range(-blocks // 3, 0))),
 }
 
