@@ -179,7 +179,7 @@ def fit_growing(
     method: pt.Method, seed: int, learning_rate: float, steps: int, share: float = 1 / 8, weight_decay: float = 0.0
 ) -> tuple[list[int], float]:
     """Train a method that grows on the four layers with AdamW. Returns the final ranks, and the sum of the mean square errors."""
-    from petiole.methods.lowrank.growth import rank_pattern
+    from petiole.ranks import rank_pattern
     from petiole.training import Events
 
     model, x, y = four_layers(seed, share)

@@ -53,7 +53,15 @@ _HERE = (
     "route",
     "streams",
 )
-_HOMES = {"Cache": "cache", "Events": "training", "Trainer": "training", "load_peft": "interop", "plan": "planning"}
+_HOMES = {
+    "Cache": "cache",
+    "Events": "training",
+    "Trainer": "training",
+    "draw_ranks": "ranks",
+    "load_peft": "interop",
+    "plan": "planning",
+    "rank_pattern": "ranks",
+}
 
 
 def detach(model: Any, name: str | None = None) -> Any:

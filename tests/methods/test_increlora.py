@@ -20,8 +20,9 @@ from linears import OneLinear, Parallel, attached, parts, set_
 from petiole.errors import AttachError, ConfigError, FileError, TrainingError
 from petiole.files import parse
 from petiole.methods.lowrank import growth
-from petiole.methods.lowrank.growth import Growing, chosen, grown, orthogonality, rank_pattern
+from petiole.methods.lowrank.growth import Growing, chosen, grown, orthogonality
 from petiole.methods.lowrank.increlora import Components
+from petiole.ranks import rank_pattern
 from petiole.training import Events, PetioleCallback, parameter_groups
 from training import children
 from training.toys import arguments, bert, rows

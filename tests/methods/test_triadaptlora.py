@@ -19,8 +19,9 @@ import toys
 from linears import OneLinear, Parallel, attached, parts, set_
 from petiole.errors import AttachError, ConfigError, FileError, TrainingError
 from petiole.files import parse
-from petiole.methods.lowrank.growth import grown, orthogonality, rank_pattern
+from petiole.methods.lowrank.growth import grown, orthogonality
 from petiole.methods.lowrank.triadaptlora import Triangles
+from petiole.ranks import rank_pattern
 from petiole.training import Events, parameter_groups
 from training import children
 from training.toys import arguments, bert, rows

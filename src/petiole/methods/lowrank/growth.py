@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -17,9 +17,6 @@ from petiole.anatomy import Site
 from petiole.errors import AttachError, TrainingError
 from petiole.method import Base, Delta, Layers, Method, Moment, layers_field
 from petiole.methods.lowrank.factors import Product
-
-if TYPE_CHECKING:
-    from petiole.adaptation import Adaptation
 
 
 class Growing(Product):
@@ -197,15 +194,6 @@ def chosen(scores: Sequence[float], count: int, room: int) -> list[int]:
     threshold = sorted(scores, reverse=True)[count - 1]
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     return [i for i in order if scores[i] >= threshold][:room]
-
-
-def rank_pattern(adaptation: Adaptation) -> dict[str, int]:
-    """The rank at each site that has one."""
-    return {
-        slot.key.partition(".")[2]: int(slot.delta.rank)
-        for slot in adaptation.slots
-        if isinstance(getattr(slot.delta, "rank", None), int)
-    }
 
 
 def check_restart(slug: str, moment: Moment, first: int) -> None:
