@@ -16,7 +16,7 @@ from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError
 from petiole.method import Base, HiddenDelta, Place
 
-Activation = Literal["relu", "gelu", "silu", "tanh", "identity"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "identity"]
 Init = Literal["lora", "bert"]
 NormAt = Literal["none", "in", "out"]
 Insertion = Literal["parallel", "sequential", "before_projection", "pfeiffer"]
@@ -24,6 +24,8 @@ Insertion = Literal["parallel", "sequential", "before_projection", "pfeiffer"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
     "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda h: nn.functional.gelu(h, approximate="tanh"),
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
     "silu": nn.functional.silu,
     "tanh": torch.tanh,
     "identity": lambda h: h,

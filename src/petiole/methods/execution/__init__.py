@@ -1,0 +1,1 @@
+"""Methods that change which blocks run, in which order, or backwards."""
