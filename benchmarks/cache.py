@@ -20,7 +20,9 @@ from petiole.cache import Cache
 
 METHODS = {
     "linear-probe": lambda blocks: pt.LinearProbe(),
-    "lst": lambda blocks: pt.LST(init="magnitude"),
+    "lst": lambda blocks: pt.LST(
+        side_layers=(1, 2, 3, 5, 6, 7, 9, 10, 11), init="magnitude"
+    ),  # as in the paper, for 12 blocks
     "lora-top-third": lambda blocks: pt.LoRA(rank=8, layers=tuple(range(-blocks // 3, 0))),
 }
 
