@@ -114,6 +114,89 @@ def test_dropout_comes_after_the_probabilities_and_only_in_training() -> None:
     torch.testing.assert_close(tuned.slots[0].delta.seen[0].sum(-1), torch.ones(2, 4, 7))
 
 
+# ------------------------------------------------------------------------------------------------------- a bias on the scores
+
+
+class Biased(AttentionDelta):
+    """Adds `slope` times its place to the score of each key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def score_bias(self, query: Tensor, key: Tensor) -> Tensor:
+        return (self.slope * torch.arange(key.shape[2], device=key.device))[None, None, None]
+
+
+class Tilted(Watch):
+    """The same after softmax: probabilities times the exponential of the bias, brought back to a sum of 1."""
+
+    def probabilities(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        tilted = probabilities * (0.3 * torch.arange(probabilities.shape[-1])).exp() * self.gain
+        return tilted / tilted.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit", "t5", "bart"])
+def test_a_bias_on_the_scores_tilts_the_probabilities(family: str, kernel: str) -> None:
+    """With grouped queries, position biases, masks and causal attention without a mask."""
+    models = [toys.model(family, attn_implementation=kernel) for _ in range(2)]
+    tuned = [
+        pt.attach(model, inside(lambda site, keys, make=make: make()), train_head=False)  # type: ignore[misc]
+        for model, make in zip(models, (Biased, Tilted), strict=True)
+    ]
+    whole = tiny.batch(family)
+    for batch in (whole, left_padded(family), {k: v for k, v in whole.items() if k != "attention_mask"}):
+        found, expected = (real(output(model, batch), batch) for model in models)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    tuned[0].check(whole)
+
+
+def test_a_bias_on_the_scores_is_that_of_its_rows_and_follows_extra_keys() -> None:
+    model, batch = toys.model("vit"), tiny.batch("vit")
+    bare = output(model, batch)
+    pt.attach(model, inside(lambda site, keys: Biased()), train_head=False)
+    alone = output(model, batch)
+    with pt.route(model, ["default", None]):
+        torch.testing.assert_close(output(model, batch), torch.stack([alone[0], bare[1]]))
+    found = []
+    for kinds in ((Biased, Prefixed), (Prefixed, After)):
+        model = toys.model("vit")
+        pt.attach(model, [inside(lambda site, keys, kind=kind: kind()) for kind in kinds], train_head=False)  # type: ignore[misc]
+        found.append(output(model, batch))
+    torch.testing.assert_close(found[0], found[1])
+
+
+class Prefixed(AttentionDelta):
+    """Two keys and values of ones in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.gain * key.new_ones(*key.shape[:2], 2, key.shape[3])
+        return own, own
+
+
+class After(Biased):
+    """Knows that the first two keys are extra."""
+
+    def score_bias(self, query: Tensor, key: Tensor) -> Tensor:
+        return nn.functional.pad(super().score_bias(query, key[:, :, 2:]), (2, 0))
+
+
+def test_a_mask_for_other_keys_is_refused() -> None:
+    class Short(Biased):
+        def score_bias(self, query: Tensor, key: Tensor) -> Tensor:
+            return super().score_bias(query, key[:, :, 1:])
+
+    model = toys.model("bert")
+    pt.attach(model, inside(lambda site, keys: Short()), train_head=False)
+    with pytest.raises(AttachError, match="mask for 7 keys"):
+        output(model, {**tiny.batch("bert"), "attention_mask": torch.tensor([[1] * 7, [1] * 6 + [0]])})
+
+
 # ----------------------------------------------------------------------------------------------------- extra keys and values
 
 

@@ -1,4 +1,4 @@
-"""Inside attention: extra keys and values, the probabilities after softmax, the heads before the output projection.
+"""Inside attention: extra keys and values, a bias on the scores, the probabilities after softmax, the heads before the output projection.
 
 Transformers lets attention functions be registered by name and picks one by `config._attn_implementation`. petiole registers one beside
 each that it can serve, switches the configuration of the modules that need it, and switches it back on detach. The function asks the
@@ -120,6 +120,10 @@ def attention(
             key, value, attention_mask, kwargs = extend(
                 name, module, query, key, value, extra, rows, attention_mask, kwargs
             )
+        bias = slot.delta.score_bias(query, key)
+        if bias is not None:
+            rows = slot.host.rows(slot.adaptation, key)
+            key, value, attention_mask = biased(module, query, key, value, bias, rows, attention_mask, kwargs)
     weights: Tensor | None
     if any(slot.delta.needs_probabilities for slot in slots):
         output, weights = explicit(module, slots, query, key, value, attention_mask, *args, **kwargs)
@@ -154,12 +158,8 @@ def extend(
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     """Put extra keys and values before the real ones: seen by every query, at no position, on all rows or the named ones."""
     steps, length = query.shape[2], extra[0].shape[2]
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if mask is None and steps > 1 and causal:
-        # No mask stands for "causal, aligned at the start"; with keys in front of it that alignment would be wrong.
-        key, value = key[:, :, :steps], value[:, :, :steps]
-        mask = torch.ones(steps, steps, dtype=torch.bool, device=key.device).tril()[None, None]
+    if mask is None and causal(module, query, kwargs):  # with keys in front, its alignment would be wrong
+        key, value, mask = in_mask(query, key, value)
         mask = mask if name != "eager" else additive(mask, query.dtype)
     if rows is not None and mask is None:
         mask = torch.ones(1, 1, steps, key.shape[2], dtype=torch.bool, device=key.device)
@@ -179,6 +179,49 @@ def extend(
     key = torch.cat([extra[0].to(key.dtype), key], 2)
     value = torch.cat([extra[1].to(value.dtype), value], 2)
     return key, value, mask, kwargs
+
+
+def biased(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values, and the mask with a bias (B or 1, H or 1, T or 1, S) added to the scores by it, on all rows or the named ones.
+
+    Raises:
+        AttachError: the mask is for another number of keys.
+    """
+    if mask is None and causal(module, query, kwargs):
+        key, value, mask = in_mask(query, key, value)
+        bias = bias[..., : key.shape[2]]
+    if rows is not None:
+        own = bias.expand(key.shape[0], -1, -1, -1)
+        bias = torch.zeros_like(own).index_copy(0, rows, own.index_select(0, rows))
+    if mask is None:
+        return key, value, bias
+    if mask.shape[-1] not in (1, bias.shape[-1]):
+        raise AttachError(
+            f"{type(module).__name__} is given a mask for {mask.shape[-1]} keys, where there are {bias.shape[-1]} by now"
+        )
+    return key, value, (additive(mask, query.dtype) if mask.dtype == torch.bool else mask) + bias
+
+
+def causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether no mask stands for "causal, aligned at the start"."""
+    asked = kwargs.get("is_causal")
+    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def in_mask(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same said by a mask: the keys and values that are ever seen, and which query (T) sees which of them (1, 1, T, T)."""
+    steps = query.shape[2]
+    mask = torch.ones(steps, steps, dtype=torch.bool, device=key.device).tril()[None, None]
+    return key[:, :, :steps], value[:, :, :steps], mask
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,8 +258,7 @@ def explicit(
     if position_bias is not None:
         scores = scores + position_bias
     steps = query.shape[2]
-    causal = kwargs.get("is_causal")
-    if mask is None and steps > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+    if mask is None and causal(module, query, kwargs):
         mask = torch.ones(steps, steps, dtype=torch.bool, device=key.device).tril()
         scores, value = scores[..., :steps], value[:, :, :steps]
     if mask is not None:

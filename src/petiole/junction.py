@@ -500,7 +500,10 @@ class Junction(nn.Module):
     def add(self, slot: Slot, point: Point) -> None:
         if point.owns:
             self.deltas[self.name(slot)] = slot.delta.train(self.training)
-        self.slots.append((slot, point))
+        if slot.delta.innermost:
+            self.slots.insert(0, (slot, point))
+        else:
+            self.slots.append((slot, point))
 
     def drop(self, slot: Slot) -> None:
         self.slots = [entry for entry in self.slots if entry[0] is not slot]

@@ -64,6 +64,7 @@ class Delta(nn.Module):
     # Names of its own parameters, each with everything below it; what an optimiser should know about them:
     no_decay: Sequence[str] = ()  # weight decay leaves these alone, as it does every one of fewer than two dimensions
     rate_factors: Mapping[str, float] = {}  # learning rates of these, as multiples of the run's
+    innermost: bool = False  # acts before all others at its place, whatever the order of attachment
     publishes: bool = False  # whether a loss term or a stream uses what it computes, so that its graph is needed there
 
     def given(self, name: str, default: Any = None) -> Any:
@@ -226,6 +227,13 @@ class AttentionDelta(Delta):
 
     def keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Extra keys and values put before the real ones, never masked: key, value (B, heads, T, d) -> two (B, heads, length, d)."""
+        return None
+
+    def score_bias(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """Added to the scores before softmax: query (B, heads, T, d), key (B, heads, S, d) -> (B or 1, heads or 1, T or 1, S).
+
+        In float32, whatever the type of the scores. Extra keys of deltas before this one are among those of `key`, in front.
+        """
         return None
 
     def probabilities(self, probabilities: Tensor, value: Tensor) -> Tensor:
