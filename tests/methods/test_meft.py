@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -523,3 +524,23 @@ def test_copies_train_alone() -> None:
     assert worst(gradients(twin, own)[1], wanted) == 0
     lines = [{id(s.delta.line) for s in each.slots if isinstance(s.delta, Reversible)} for each in (own, tuned)]
     assert len(lines[0] | lines[1]) == 2
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_under_ddp_each_gradient_is_ready_once(variant: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reducer refuses a parameter that is ready twice, and waits for one that never is."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    model = bert(3)
+    tuned = attached(model, variant=variant, num_reversible=2)
+    wanted = gradients(model, tuned)[1]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(model)
+        for _ in range(2):
+            assert worst(gradients(parallel, tuned)[1], wanted) == 0
+    finally:
+        dist.destroy_process_group()
