@@ -397,12 +397,13 @@ class StackSlot(Slot):
         if self.site.side == "input":
             yield Point(self.site.path, "before", "begin", owns=True)
         else:
-            yield Point(
-                stack_exit(self.host, self.site.stack) if self.delta.writes == "stack" else self.blocks[-1].path,
-                "after",
-                "close",
-                owns=True,
-            )
+            yield Point(self.exit(), "after", "close", owns=True)
+
+    def exit(self) -> str:
+        """Path of the module after which the delta writes."""
+        if self.delta.writes == "block":
+            return self.blocks[-1].path
+        return stack_exit(self.host, self.site.stack) if self.delta.writes == "stack" else self.delta.writes
 
     def open(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
         h, put = of_input(args, kwargs)

@@ -297,7 +297,7 @@ class StackDelta(Delta):
     reads: Sequence[int] | None = None  # numbers of the states to be held: 0 is the stack's input, i + 1 the output of block i
     reads_calls: bool = False  # forward(states, calls, h) is given each block's call, too, and the state that it replaces
     detaches: bool = False  # it gets, and leaves to the blocks that it reads, no graph
-    writes: Literal["block", "stack"] = "block"  # after the last block, or after the stack's final norm
+    writes: str = "block"  # after the last block; "stack": after the stack's final norm; or after the module at this path
 
 
 # ------------------------------------------------------------------------------------------------------------------------ base

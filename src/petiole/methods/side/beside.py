@@ -19,6 +19,7 @@ from petiole.anatomy import Anatomy, Site, Stack
 from petiole.errors import AttachError
 from petiole.junction import Call
 from petiole.method import StackDelta
+from petiole.methods.side.narrow import grow, is_cache
 
 MEMORY = "side memory"
 _ENCODER_STATES = ("encoder_hidden_states", "encoder_hidden_state", "memory")
@@ -142,3 +143,158 @@ def check_depths(chosen: Any, what: str) -> Any:
     if isinstance(chosen, Mapping) and not chosen:
         raise ValueError("at least one stack")
     return chosen
+
+
+# ------------------------------------------------------------------------------------------- heads that read all states in parallel
+
+Form = Literal["auto", "encoder", "encoder_decoder", "cnn", "pooled"]
+
+
+def form_of(slug: str, asked: Form, anatomy: Anatomy) -> Form:
+    """The form that fits a backbone, or the one asked for if it does.
+
+    Raises:
+        AttachError: it does not.
+    """
+    names = [stack.name for stack in anatomy.stacks]
+    convolutional = len(names) == 1 and not any(
+        s.role == "attention" for b in anatomy.stacks[0].blocks for s in b.sites
+    )
+    pooled = all(pooled_exit(anatomy, stack) is not None for stack in anatomy.stacks)
+    fits: dict[Form, bool] = {
+        "cnn": convolutional and len(stages(anatomy.stacks[0])) > 1,
+        "encoder_decoder": names == ["encoder", "decoder"],
+        "encoder": len(names) == 1 and not convolutional,
+        "pooled": pooled,
+    }
+    found = (
+        next((form for form, fit in fits.items() if fit), None) if asked == "auto" else asked if fits[asked] else None
+    )
+    if found is None:
+        what = f"no form = {asked!r}" if asked != "auto" else "no form"
+        raise AttachError(
+            f"{slug} has {what} for {anatomy.model_class} with {', '.join(names)}; what fits: "
+            f"{', '.join(form for form, fit in fits.items() if fit) or 'none'}"
+        )
+    return found
+
+
+def stages(stack: Stack) -> tuple[int, ...]:
+    """Depth of the last block of each stage."""
+    ends = {block.stage: block.depth for block in stack.blocks}
+    return tuple(ends[stage] for stage in sorted(ends))
+
+
+def states_of(slug: str, chosen: Literal["all"] | tuple[int, ...], stack: Stack, count: int) -> tuple[int, ...]:
+    """Numbers of the hidden states to read, of 0 … count - 1.
+
+    Raises:
+        AttachError: one is out of range, there are fewer than two, or they come from stages of several sizes.
+    """
+    numbers = tuple(range(count)) if chosen == "all" else chosen
+    if max(numbers) >= count:
+        raise AttachError(f"{slug}: states = {list(chosen)}, but {stack.name!r} offers 0 to {count - 1} here")
+    if len(numbers) < 2:
+        raise AttachError(f"{slug} puts two hidden states or more together; {stack.name!r} offers {len(numbers)} here")
+    found = {stack.blocks[max(number - 1, 0)].stage for number in numbers}
+    if len(found) > 1:
+        widths = sorted({stack.blocks[max(number - 1, 0)].hidden_size for number in numbers})
+        raise AttachError(
+            f"{slug}: these hidden states of {stack.name!r} come from {len(found)} stages, of widths {widths}, with other numbers "
+            "of tokens in each\nname states of one stage"
+        )
+    return numbers
+
+
+def widths_of(stack: Stack, numbers: Sequence[int]) -> list[int]:
+    """Widths of hidden states by number."""
+    first = next(site.in_features for site in stack.blocks[0].sites if site.role == "block")
+    return [stack.blocks[number - 1].hidden_size if number else first for number in numbers]
+
+
+def check_states(chosen: Any) -> Any:
+    """Refuse fewer than two states, and those that are repeated or out of order, as a validator of a field."""
+    if chosen != "all" and (len(chosen) < 2 or list(chosen) != sorted(set(chosen)) or chosen[0] < 0):
+        raise ValueError("two hidden states or more, each once, in order, counted from 0")
+    return chosen
+
+
+def pooled_exit(anatomy: Anatomy, stack: Stack) -> str | None:
+    """Path of the module that gives a tower's pooled embedding; projected, where it is."""
+    hints = {"text": ("text_projection",), "vision": ("visual_projection", "vision_projection")}.get(stack.name, ())
+    for site in anatomy.outside:
+        if site.role == "linear" and site.path.rpartition(".")[2] in hints:
+            return site.path
+    if len(anatomy.stacks) > 1:
+        return None
+    pooler = next((site for site in anatomy.outside if site.role == "pooler"), None)
+    return pooler.path.rpartition(".")[0] if pooler is not None else None
+
+
+def pooled_width(anatomy: Anatomy, path: str) -> int:
+    """Width of what a pooled embedding's module gives."""
+    return next(s.out_features for s in anatomy.outside if s.path == path or s.path.rpartition(".")[0] == path)
+
+
+def valid(calls: Sequence[Call], names: Sequence[str], count: int) -> Tensor | None:
+    """Which of the keys (B or 1, count) are no padding, as the last query of a block sees them; None where all are."""
+    call = calls[-1]
+    for place, value in (*enumerate(call.args), *call.kwargs.items()):
+        name = names[place] if isinstance(place, int) and place < len(names) else place
+        if not isinstance(value, Tensor) or name not in ("attention_mask", "src_key_padding_mask"):
+            continue
+        mask = value[:, 0, -1] if value.ndim == 4 else value
+        if mask.ndim != 2 or mask.shape[-1] != count:
+            continue
+        if mask.is_floating_point():
+            return mask > torch.finfo(mask.dtype).min / 2
+        return ~mask if name == "src_key_padding_mask" else mask != 0
+    return None
+
+
+def causal_pairs(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys): whether the last `queries` of so many tokens come after, or are, each token."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def remembered(calls: Sequence[Call], states: list[Tensor], blocks: int) -> list[Tensor]:
+    """Small states (B, n, d') behind those of earlier tokens, where there is a key-value cache: it keeps them like keys."""
+    cache = next((v for v in (*calls[-1].args, *calls[-1].kwargs.values()) if is_cache(v)), None)
+    if cache is None:
+        return states
+    grow(cache, blocks, [0] * len(states))
+    own = getattr(cache, "self_attention_cache", cache)
+    return [own.update(z[:, None], z[:, None, :, :1], blocks + i)[0][:, 0] for i, z in enumerate(states)]
+
+
+def pool_positions(delta: Any, kind: str | int, h: Tensor) -> Tensor:
+    """Index (B,) of the token that stands for a sequence; `pt.given(model, pool_position=…)` comes first.
+
+    Raises:
+        AttachError: the end of the text is asked for, but the model has no `input_ids` or does not say what ends a text.
+    """
+    given = delta.given("pool_position", -1)
+    if not isinstance(given, int):
+        return torch.as_tensor(given, device=h.device)
+    if kind == "eos":
+        within = delta.host.passing()
+        ids = within.input("input_ids") if within is not None else None
+        config = getattr(delta.host.model, "config", None)
+        config = getattr(config, "text_config", config)
+        eos = getattr(config, "eos_token_id", None)
+        if not isinstance(ids, Tensor) or eos is None:
+            raise AttachError(
+                "the end of a text is found in input_ids by the config's eos_token_id; give pool_position"
+            )
+        # Early CLIP models name 2, while the end of a text is their largest token.
+        return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
+    return torch.full((h.shape[0],), kind if isinstance(kind, int) else 0, device=h.device)
+
+
+def refuse_other_width(slug: str, anatomy: Anatomy, width: int, out_size: int) -> None:
+    """Another output width than the backbone's fits no head that comes after."""
+    after = [s.path for s in anatomy.outside if s.role in ("head", "lm_head", "pooler")]
+    if out_size != width and after:
+        raise AttachError(
+            f"{slug}: out_size = {out_size}, but {after[0]} takes {width}; load the backbone without a head"
+        )
