@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,21 @@ def test_what_is_saved_is_predicted_without_weights() -> None:
         cost.predict(twin, tiny.batch("bert")),
     )
     assert (found.saved_bytes, found.step_flops) == (predicted.saved_bytes, predicted.step_flops)
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_nothing_is_left_after_a_step(count: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cycle, which would hold the streams until the collector comes by."""
+    model, runs = bert(3), []
+    tuned = attached(model, num_reversible=count)
+    joined = Run.joined
+    monkeypatch.setattr(Run, "joined", lambda run: (runs.append(weakref.ref(run)), joined(run))[1])
+    gc.disable()
+    try:
+        gradients(model, tuned)
+        assert len(runs) == 1 and runs[0]() is None
+    finally:
+        gc.enable()
 
 
 # 7

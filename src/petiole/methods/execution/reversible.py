@@ -39,6 +39,7 @@ from petiole.methods.execution.skipped import is_cache
 Pair = tuple[Tensor, Tensor]
 Put = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]  # a hidden state -> a block's arguments with it
 AnchorEvery = int | Literal["auto"] | None
+NOTHING = torch.empty(0)
 _HOLE = object()  # where the hidden state stood among a block's arguments
 
 
@@ -327,10 +328,15 @@ class Run:
             self.pair = self.joined()
         if self.reversing and left > 0:
             beside = self.trained[0] if self.trained else self.h
-            self.handed = Intermediate.apply(self.pair[1].to(dtype), beside)
+            handed = Intermediate.apply(self.pair[1].to(dtype), beside)
         else:
-            self.handed = ((self.pair[0] + self.pair[1]) / 2).to(dtype)
-        return self.handed
+            handed = ((self.pair[0] + self.pair[1]) / 2).to(dtype)
+        self.handed = handed
+        if self.at == len(
+            self.line.members
+        ):  # the graph holds on to this run, which then must not hold on to the graph
+            self.handed, self.pair = NOTHING, (NOTHING, NOTHING)
+        return handed
 
     def joined(self) -> Pair:
         """The streams after the last reversible block, in the graph; all tensors that this run held are autograd's from here on."""
@@ -340,7 +346,7 @@ class Run:
         kept = [*self.pair, *(x for pair in self.anchors.values() for x in pair), *self.table]
         self.anchored, self.tables = list(self.anchors), count
         x1, x2 = Segment.apply(self, kept, *inputs)
-        self.anchors, self.table, self.numbers, self.states, self.h = {}, [], {}, [], self.h.detach()[:0]
+        self.anchors, self.table, self.numbers, self.states, self.h = {}, [], {}, [], NOTHING
         return x1, x2
 
     # ---- again
