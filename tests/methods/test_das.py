@@ -19,8 +19,9 @@ import toys
 from petiole.cost import forward_flops
 from petiole.errors import AnatomyError, AttachError, ConfigError, PetioleError, TrainingError
 from petiole.methods.execution import bandit, das
-from petiole.methods.execution.das import Search, chosen, prune, search
-from petiole.methods.execution.skipped import Skippable
+from petiole.methods.execution.das import Search
+from petiole.methods.execution.search import chosen, search
+from petiole.methods.execution.skipped import Skippable, prune
 from petiole.training import Events
 from toys import output, shake
 from training.toys import arguments

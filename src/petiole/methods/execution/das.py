@@ -25,27 +25,21 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from petiole.adaptation import Adaptation
 from petiole.anatomy import Anatomy, Block, Site
-from petiole.attach import Substitute, attach, forget_compiled, site_seed
+from petiole.attach import Substitute, site_seed
 from petiole.errors import AnatomyError, AttachError, ConfigError, TrainingError
 from petiole.method import Config, Method, Moment, Place
 from petiole.methods.adapters.bottleneck import Bottleneck
 from petiole.methods.execution import bandit
-from petiole.methods.execution.skipped import Dropped, Prefix, Skippable, adds_residual, close_ranks, numbered_layers
-from petiole.training.events import Events
-from petiole.training.groups import parameter_groups
-from petiole.training.held_out import HeldOut, loss_on
+from petiole.methods.execution.skipped import Prefix, Skippable, adds_residual
 
-SEARCH = "search"  # the adaptation's name meanwhile
 SUBLAYERS = ("attention", "cross_attention", "mixer", "ffn")
 
 
@@ -390,134 +384,3 @@ def refuse_unfit(method: DAS, moment: Moment) -> None:
                 raise AttachError(
                     f"das: {delta.name} adds the residual by itself, which would go with it; unit='block' skips whole blocks"
                 )
-
-
-# ------------------------------------------------------------------------------------------------------------------------- for users
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found.
-
-    Attributes:
-        preferences: q of each candidate by name; the larger, the less is lost without it.
-        skip: the names of the m largest, for `pt.DAS(skip=…)`.
-    """
-
-    preferences: dict[str, float]
-    skip: tuple[str, ...]
-
-
-def chosen(tuned: Adaptation) -> Found:
-    """The preferences of an attached search as they are now, and what would be skipped.
-
-    Raises:
-        AttachError: no search is attached there.
-    """
-    for number, method in enumerate(tuned.methods):
-        if isinstance(method, DAS) and method.skip is None:
-            names, state = [delta.name for delta in stand_ins(tuned.moment(number))], tuned.state[number]
-            top = bandit.chosen(state["preferences"], int(state["num_skip"]))
-            return Found(dict(zip(names, state["preferences"].tolist(), strict=True)), tuple(names[i] for i in top))
-    raise AttachError(f"{tuned.name!r} searches nothing: it is no pt.DAS without skip")
-
-
-def search(
-    model: nn.Module,
-    method: DAS,
-    train: Collection[Any],
-    validation: Iterable[Any],
-    *,
-    loss: Callable[[nn.Module, Any], Tensor] = loss_on,
-    learning_rate: float = 5e-4,
-    weight_decay: float = 0.01,
-    seed: int = 0,
-) -> Found:
-    """Find what to skip. The model is trained meanwhile and is afterwards as it was, bit for bit.
-
-    `pt.Trainer` with an `eval_dataset` does the same over several processes, and can be resumed; then read `chosen(tuned)`.
-
-    Args:
-        model: without this method.
-        method: without `skip`; its `search` says how long.
-        train, validation: batches, gone through again and again. loss: of the model on one; by itself `model(**batch).loss`.
-        learning_rate, weight_decay: of AdamW.
-        seed: of new parameters and draws.
-
-    Raises:
-        ConfigError: nothing is searched with this method. AttachError: it can't sit on this model.
-    """
-    if method.skip is not None:
-        raise ConfigError(f"search: skip = {method.skip} says already what is skipped; leave it None")
-    training = model.training
-    tuned = attach(model, method, seed=seed, name=SEARCH)
-    try:
-        groups = parameter_groups(model, learning_rate=learning_rate, weight_decay=weight_decay)
-        optimizer = torch.optim.AdamW(groups)
-        events = Events(model, optimizer, total_steps=len(train) * method.search.epochs)
-        events.begin(train, held_out=HeldOut(validation, loss))
-        for _ in range(method.search.epochs):
-            model.train()
-            for batch in train:
-                events.before_step()
-                value = loss(model, batch)
-                value.backward()
-                events.before_optimizer_step(value)
-                optimizer.step()
-                events.after_optimizer_step()
-                optimizer.zero_grad()
-            events.epoch_end()
-        return chosen(tuned)
-    finally:
-        tuned.detach()
-        model.train(training)
-
-
-def prune(tuned: Adaptation, batch: Mapping[str, Any] | None = None) -> list[str]:
-    """Drop the weights of everything that is skipped from the model, IN PLACE, for good. What the model computes stays the same.
-
-    Its state dict then holds none of them; a fresh model with the same adaptation takes it once it is pruned, too. Attentions that are
-    left move up in the cache, unless their place also says how they work.
-
-    Args:
-        tuned: with `skip`, or after a search.
-        batch: keyword arguments of a forward pass, needed only if none was made yet.
-
-    Returns:
-        What was dropped, by name.
-
-    Raises:
-        AttachError: nothing is skipped, or no forward pass has shown what a skipped block returns; nothing has changed then.
-    """
-    from petiole.tasks.loop import evaluating
-
-    if batch is not None:
-        with evaluating(tuned.model):
-            tuned.model(**batch)
-    skipped = [slot for slot in tuned.slots if isinstance(slot.delta, Skippable) and slot.delta.skips]
-    if not skipped:
-        raise AttachError(f"{tuned.name!r} skips nothing, so there is nothing to prune")
-    unseen = [slot.delta.name for slot in skipped if slot.delta.form is None]
-    if unseen:
-        raise AttachError(f"prune: no forward pass has shown what {unseen[0]} returns; give prune a batch")
-    standing = {id(m.delta): m for m in tuned.model.modules() if isinstance(m, Substitute)}
-    movable = places_move(tuned.model)
-    for stack in {slot.site.stack for slot in skipped} if movable else ():
-        mine = [slot.delta for slot in skipped if slot.site.stack == stack and slot.delta.attends]
-        gone = [layer.layer_idx for delta in mine for layer in numbered_layers(standing[id(delta)].block)]
-        close_ranks((tuned.host.module(block.path) for block in tuned.host.anatomy.stack(stack).blocks), gone)
-    for slot in skipped:
-        stand_in = standing[id(slot.delta)]
-        places = [] if movable or not slot.delta.attends else [m.layer_idx for m in numbered_layers(stand_in.block)]
-        stand_in.block = Dropped(stand_in.block, places[0] if places else None)
-    tuned.host.forget()
-    forget_compiled()
-    return [slot.delta.name for slot in skipped]
-
-
-def places_move(model: nn.Module) -> bool:
-    """Whether an attention's number says nothing but its place in the cache: all are of one type, and none is scaled by it."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    alike = len(set(getattr(text, "layer_types", None) or ())) < 2
-    return alike and not getattr(text, "scale_attn_by_inverse_layer_idx", False)

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
 )  # so that whoever counts operations sees none of a trial
 
+from petiole.adaptation import Adaptation
+from petiole.attach import Substitute, forget_compiled
 from petiole.errors import AttachError
 from petiole.junction import of_input, of_output
 from petiole.method import Base, BlockDelta, shell
@@ -211,3 +213,53 @@ def close_ranks(blocks: Iterable[nn.Module], gone: Iterable[int]) -> None:
 def adds_residual(module: nn.Module) -> bool:
     """Whether a sub-layer is handed the residual and adds it by itself."""
     return "residual" in inspect.signature(type(module).forward).parameters
+
+
+def prune(tuned: Adaptation, batch: Mapping[str, Any] | None = None) -> list[str]:
+    """Drop the weights of everything that is skipped from the model, IN PLACE, for good. What the model computes stays the same.
+
+    Its state dict then holds none of them; a fresh model with the same adaptation takes it once it is pruned, too. Attentions that are
+    left move up in the cache, unless their place also says how they work.
+
+    Args:
+        tuned: with `skip`, or after a search.
+        batch: keyword arguments of a forward pass, needed only if none was made yet.
+
+    Returns:
+        What was dropped, by name.
+
+    Raises:
+        AttachError: nothing is skipped, or no forward pass has shown what a skipped block returns; nothing has changed then.
+    """
+    from petiole.tasks.loop import evaluating
+
+    if batch is not None:
+        with evaluating(tuned.model):
+            tuned.model(**batch)
+    skipped = [slot for slot in tuned.slots if isinstance(slot.delta, Skippable) and slot.delta.skips]
+    if not skipped:
+        raise AttachError(f"{tuned.name!r} skips nothing, so there is nothing to prune")
+    unseen = [slot.delta.name for slot in skipped if slot.delta.form is None]
+    if unseen:
+        raise AttachError(f"prune: no forward pass has shown what {unseen[0]} returns; give prune a batch")
+    standing = {id(m.delta): m for m in tuned.model.modules() if isinstance(m, Substitute)}
+    movable = places_move(tuned.model)
+    for stack in {slot.site.stack for slot in skipped} if movable else ():
+        mine = [slot.delta for slot in skipped if slot.site.stack == stack and slot.delta.attends]
+        gone = [layer.layer_idx for delta in mine for layer in numbered_layers(standing[id(delta)].block)]
+        close_ranks((tuned.host.module(block.path) for block in tuned.host.anatomy.stack(stack).blocks), gone)
+    for slot in skipped:
+        stand_in = standing[id(slot.delta)]
+        places = [] if movable or not slot.delta.attends else [m.layer_idx for m in numbered_layers(stand_in.block)]
+        stand_in.block = Dropped(stand_in.block, places[0] if places else None)
+    tuned.host.forget()
+    forget_compiled()
+    return [slot.delta.name for slot in skipped]
+
+
+def places_move(model: nn.Module) -> bool:
+    """Whether an attention's number says nothing but its place in the cache: all are of one type, and none is scaled by it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    alike = len(set(getattr(text, "layer_types", None) or ())) < 2
+    return alike and not getattr(text, "scale_attn_by_inverse_layer_idx", False)
