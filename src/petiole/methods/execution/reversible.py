@@ -47,7 +47,8 @@ def auto_anchors(lam: float, beta: float, half: bool = False) -> int | None:
     """The largest k with a^k · 6e-8 <= 1e-3, where a = 1 / (min(|λ|, 1) min(|β|, 1)); None if nothing is amplified.
 
     Args:
-        half: F and G compute in half precision, where they round what differs by less: half of that k, at least 1.
+        half: F and G compute in half precision, which rounds differently what differs a little: half of that k, at least 1, keeps the
+            error of the way back below that of half precision itself.
     """
     amplification = 1 / (min(abs(lam), 1.0) * min(abs(beta), 1.0))
     if amplification == 1:
