@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from petiole import context, factored
 from petiole.anatomy import Site
 from petiole.errors import AttachError
-from petiole.method import ASIDE, Base, Place, add_rows, composed, raw
+from petiole.method import ASIDE, Base, Place, StackDelta, add_rows, composed, raw
 
 if TYPE_CHECKING:
     from petiole.attach import Host
@@ -396,6 +396,9 @@ class StackSlot(Slot):
             yield Point(block.path, "after", "collect")
         if self.site.side == "input":
             yield Point(self.site.path, "before", "begin", owns=True)
+            if type(self.delta).late is not StackDelta.late:
+                for block in self.blocks[self.count :]:
+                    yield Point(block.path, "before", "late")
         else:
             yield Point(self.exit(), "after", "close", owns=True)
 
@@ -459,6 +462,10 @@ class StackSlot(Slot):
         h, put = of_input(args, kwargs)
         new = self.run(h)
         return None if new is None else put(new.to(h.dtype))
+
+    def late(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> tuple[Args, Kwargs] | None:
+        changed: tuple[Args, Kwargs] | None = self.delta.late(module, args, kwargs)
+        return changed
 
 
 def stack_exit(host: Host, name: str) -> str:

@@ -294,10 +294,14 @@ class StackDelta(Delta):
     At a block's input instead, it gets the states up to there, and what it gives is the block's input. None changes nothing.
     """
 
-    reads: Sequence[int] | None = None  # numbers of the states to be held: 0 is the stack's input, i + 1 the output of block i
-    reads_calls: bool = False  # forward(states, calls, h) is given each block's call, too, and the state that it replaces
+    reads: Sequence[int] | None = None  # states to be held: 0 is the stack's input, i + 1 the output of block i
+    reads_calls: bool = False  # forward(states, calls, h): the blocks' calls, too, and the state that it replaces
     detaches: bool = False  # it gets, and leaves to the blocks that it reads, no graph
-    writes: str = "block"  # after the last block; "stack": after the stack's final norm; or after the module at this path
+    writes: str = "block"  # after the last block; "stack": after the final norm; or after the module at this path
+
+    def late(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Where it sits at a block's input: what that block and those after it are given beside their hidden state; None as it is."""
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------------------------ base

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from linears import Case, cases, set_
-from petiole.methods.side.unipt import BatchNorm, Head, PooledHead, StageHead
+from petiole.methods.side.beside import BatchNorm
+from petiole.methods.side.unipt import Head, PooledHead, StageHead
 
 TOLERANCE = 1e-5
 

@@ -93,8 +93,6 @@ def memory_of(delta: StackDelta, given: Tensor) -> Tensor:
         raise AttachError("the decoder ran without its encoder, so the side decoder has nothing to look into")
     output, memory, within = kept
     own = within is not None and within is host.passing()
-    if own and torch.is_grad_enabled():
-        host.streams.keep(MEMORY, None)  # its graph ends with this step
     times = given.shape[0] // max(output.shape[0], 1)
     if given.shape[:2] != (times * output.shape[0], output.shape[1]) or not (
         own or delta.training or torch.equal(output[:, 0].repeat_interleave(times, 0), given[:, 0])
@@ -217,6 +215,13 @@ def check_states(chosen: Any) -> Any:
     if chosen != "all" and (len(chosen) < 2 or list(chosen) != sorted(set(chosen)) or chosen[0] < 0):
         raise ValueError("two hidden states or more, each once, in order, counted from 0")
     return chosen
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Of features that come last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 def pooled_exit(anatomy: Anatomy, stack: Stack) -> str | None:

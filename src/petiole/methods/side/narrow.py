@@ -74,10 +74,7 @@ class Narrow:
                 setattr(self.config, field, value // self.r)
             if type(value) is float and "drop" in field and dropout is not None:
                 setattr(self.config, field, dropout)
-        rates = [
-            getattr(self.config, field) for field in _RATES if isinstance(getattr(self.config, field, None), float)
-        ]
-        self.dropout = rates[0] if rates else dropout or 0.0
+        self.dropout = dropout_of(self.config)
 
     @property
     def owner(self) -> nn.Module:
@@ -133,14 +130,7 @@ class Narrow:
 
     def norm(self, site: Site | None) -> nn.Module:
         """The stack's final norm, narrower; nothing where it has none."""
-        if site is None:
-            return nn.Identity()
-        original, width = self.model.get_submodule(site.path), self.width // self.r
-        eps = getattr(original, "eps", getattr(original, "variance_epsilon", None))
-        if isinstance(original, nn.LayerNorm):
-            return nn.LayerNorm(width, original.eps, bias=original.bias is not None)
-        made: nn.Module = type(original)(width, eps=eps)
-        return made
+        return nn.Identity() if site is None else norm_like(self.model.get_submodule(site.path), self.width // self.r)
 
     def rotary(self) -> nn.Module | None:
         """What gives cos and sin of a narrower head, where the model has such a module."""
@@ -153,6 +143,21 @@ class Narrow:
             )
         made: nn.Module = type(found[0])(config=self.config)
         return made
+
+
+def norm_like(original: nn.Module, width: int) -> nn.Module:
+    """A new norm of the same class, of another width."""
+    if isinstance(original, nn.LayerNorm):
+        return nn.LayerNorm(width, original.eps, bias=original.bias is not None)
+    eps = getattr(original, "eps", getattr(original, "variance_epsilon", None))
+    made: nn.Module = type(original)(width, eps=eps)
+    return made
+
+
+def dropout_of(config: Any) -> float:
+    """The rate of dropout of hidden states in a configuration, 0 where there is none."""
+    rates = [getattr(config, field) for field in _RATES if isinstance(getattr(config, field, None), float)]
+    return rates[0] if rates else 0.0
 
 
 def inside(block: Block, site: Site, made: nn.Module) -> nn.Module:
@@ -205,4 +210,4 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "self_attention_cache") or (hasattr(value, "layers") and hasattr(value, "get_seq_length"))
 
 
-__all__ = ["Narrow", "bias_at", "grow", "inside", "is_cache", "weight_at"]
+__all__ = ["Narrow", "bias_at", "dropout_of", "grow", "inside", "is_cache", "norm_like", "weight_at"]

@@ -33,6 +33,7 @@ from petiole.errors import AttachError
 from petiole.junction import Call
 from petiole.method import Method, Place
 from petiole.methods.side.beside import (
+    BatchNorm,
     Beside,
     Form,
     argument_names,
@@ -66,7 +67,9 @@ class UniPT(Method):
     paper: ClassVar[str] = "2308.14316"
     saves: ClassVar[str] = "activations, backward pass, optimiser state and checkpoint"
     routes: ClassVar[bool] = False
-    idles: ClassVar[str] = "b shifts the scores of all states alike, which their softmax does not see; of two states, nor w"
+    idles: ClassVar[str] = (
+        "b shifts the scores of all states alike, which their softmax does not see; of two states, nor w"
+    )
     learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     exempt: ClassVar[Mapping[str, str]] = {
         "combines_with_others": "no gradient goes through the backbone, so what is attached to it would train in vain",
@@ -172,13 +175,6 @@ def average(z: Tensor, mask: Tensor | None) -> Tensor:
         return z.mean(1, keepdim=True)
     weights = mask.to(z.dtype)
     return weights @ z / weights.sum(-1, keepdim=True).clamp_min(1)
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Of features that come last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class Head(Beside):
