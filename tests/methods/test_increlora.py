@@ -11,64 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
+import growing
 import petiole as pt
 import tiny
 import toys
+from growing import Run, trained
 from linears import OneLinear, Parallel, attached, parts, set_
-from petiole.errors import AttachError, ConfigError, FileError, TrainingError
+from petiole.errors import AttachError, ConfigError, TrainingError
 from petiole.files import parse
 from petiole.methods.lowrank import growth
 from petiole.methods.lowrank.growth import Growing, chosen, grown, orthogonality
 from petiole.methods.lowrank.increlora import Components
 from petiole.ranks import rank_pattern
-from petiole.training import Events, PetioleCallback, parameter_groups
-from training import children
-from training.toys import arguments, bert, rows
+from petiole.training import Events, PetioleCallback
 
 SOON: dict[str, Any] = {"warmup_steps": 1, "update_interval": 2, "top_k": 3}  # grows in steps 2, 4, 6, …
 
 
-class Run:
-    """A plain loop on a small text model."""
-
-    def __init__(self, seed: int = 0, steps: int = 20, family: str = "bert", decay: float = 0.1, **fields: Any) -> None:
-        self.model, self.batch = tiny.model(family), tiny.batch(family)
-        self.method = pt.IncreLoRA(**{**SOON, "roles": ("q", "v", "up"), **fields})
-        self.tuned = pt.attach(self.model, self.method, seed=seed)
-        self.optimizer = AdamW(parameter_groups(self.model, learning_rate=1e-2, weight_decay=decay))
-        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 - step / steps)
-        self.events = Events(self.model, self.optimizer, self.scheduler, total_steps=steps)
-        self.events.begin()
-        self.model.train()
-
-    def forward_backward(self) -> None:
-        self.events.before_step()
-        self.model(**self.batch).loss.backward()
-
-    def finish(self) -> None:
-        self.optimizer.step()
-        self.events.after_optimizer_step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.forward_backward()
-            self.events.before_optimizer_step()
-            self.finish()
-
-    @property
-    def deltas(self) -> list[Components]:
-        return [slot.delta for slot in self.tuned.slots if isinstance(slot.delta, Components)]
-
-    @property
-    def total(self) -> int:
-        return grown(self.deltas)
-
-    def held(self) -> list[int]:
-        return sorted(id(p) for group in self.optimizer.param_groups for p in group["params"])
+def start(seed: int = 0, steps: int = 20, family: str = "bert", decay: float = 0.1, **fields: Any) -> Run:
+    return Run(pt.IncreLoRA(**{**SOON, "roles": ("q", "v", "up"), **fields}), seed, steps, family, decay)
 
 
 def one(rank: int = 2, increment: int = 2, seed: int = 0, **fields: Any) -> tuple[OneLinear, Any]:
@@ -106,7 +68,7 @@ def test_the_first_output_of_one_linear_in_training() -> None:
 # 2
 @pytest.mark.parametrize("advance", [True, False])
 def test_counts_while_open_and_after_the_end(advance: bool) -> None:
-    run = Run(advance_learn=advance, target_rank=4)
+    run = start(advance_learn=advance, target_rank=4)
     head = run.model.classifier.weight.numel() + run.model.classifier.bias.numel()
 
     def wanted() -> int:
@@ -225,7 +187,7 @@ def scores_in_a_step(run: Run, micro: int) -> Tensor:
 
 @pytest.mark.parametrize("change", ["accumulation", "checkpointing", "re-entrant"])
 def test_the_score_under_accumulation_and_checkpointing(change: str) -> None:
-    plain, other = Run(orthogonality_weight=0.3), Run(orthogonality_weight=0.3)
+    plain, other = start(orthogonality_weight=0.3), start(orthogonality_weight=0.3)
     if change != "accumulation":
         other.model.gradient_checkpointing_enable({"use_reentrant": change == "re-entrant"})
     wanted = scores_in_a_step(plain, 1)
@@ -238,7 +200,7 @@ def test_the_score_under_accumulation_and_checkpointing(change: str) -> None:
 
 def test_a_weight_that_no_call_shows_is_scored_too() -> None:
     """Packed experts: the core composes W + ΔW, whose gradient is G."""
-    run = Run(family="mixtral", roles=("down",), restart_warmup=False)
+    run = start(family="mixtral", roles=("down",), restart_warmup=False)
     assert {d.site.kind for d in run.deltas} == {"parameter"}
     run.forward_backward()
     run.events.before_optimizer_step()
@@ -254,7 +216,7 @@ def test_a_weight_that_no_call_shows_is_scored_too() -> None:
 
 # 4: tests/parity; here what the reference does not have
 def test_scores_that_are_not_finite_leave_no_trace() -> None:
-    run = Run()
+    run = start()
     run.step(2)
     before = {k: v.clone() for k, v in run.tuned.state[0].items()}
     run.forward_backward()
@@ -264,7 +226,7 @@ def test_scores_that_are_not_finite_leave_no_trace() -> None:
 
 
 def test_score_interval() -> None:
-    run = Run(score_interval=3, warmup_steps=50)
+    run = start(score_interval=3, warmup_steps=50)
     seen = []
     for _ in range(6):
         run.step()
@@ -274,7 +236,7 @@ def test_score_interval() -> None:
 
 # 5
 def test_total_rank_grows_at_rounds_alone_and_ends_at_the_target() -> None:
-    run = Run(target_total_rank=17, rank_increment=2)
+    run = start(target_total_rank=17, rank_increment=2)
     totals = []
     for _ in range(12):
         before = run.total
@@ -297,17 +259,11 @@ def test_a_last_round_does_not_overshoot() -> None:
 
 # 6
 def test_growth_leaves_old_values_and_moments_alone() -> None:
-    run = Run()
+    run = start()
     run.step(2)
     run.forward_backward()
-    old = {n: p.detach().clone() for n, p in run.tuned.named_parameters()}
-    moments = {p: {k: v.clone() for k, v in run.optimizer.state[p].items()} for p in run.optimizer.state}
-    run.events.before_optimizer_step()
+    growing.assert_growth_keeps(run)
     assert run.total == 9
-    now = dict(run.tuned.named_parameters())
-    assert len(now) > len(old) and all(torch.equal(now[n], value) for n, value in old.items())
-    for parameter, state in moments.items():
-        assert all(torch.equal(run.optimizer.state[parameter][k], v) for k, v in state.items())
 
 
 # 7
@@ -326,11 +282,11 @@ def test_merge_is_the_forward_pass_without_reserves(name: str) -> None:
 
 # 8
 def test_every_trainable_parameter_stands_in_one_group() -> None:
-    run = Run()
+    run = start()
     for _ in range(12):
         run.forward_backward()
         run.events.before_optimizer_step()
-        assert run.held() == sorted(id(p) for p in run.tuned.parameters())
+        growing.assert_one_group_for_each(run)
         frozen = [d.E[-1] for d in run.deltas if d.reserve]
         assert not any(p.requires_grad for p in frozen) and all(bool((p == 1e-5).all()) for p in frozen)
         run.finish()
@@ -341,7 +297,7 @@ def test_every_trainable_parameter_stands_in_one_group() -> None:
 
 def test_reserves_learn_ahead_or_not() -> None:
     for advance in (True, False):
-        run = Run(advance_learn=advance, warmup_steps=50)
+        run = start(advance_learn=advance, warmup_steps=50)
         before = [d.A[-1].clone() for d in run.deltas]
         run.step(3)
         assert all(torch.equal(d.A[-1], b) != advance for d, b in zip(run.deltas, before, strict=True))
@@ -350,65 +306,29 @@ def test_reserves_learn_ahead_or_not() -> None:
 
 # 9
 def test_a_plain_loop_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    whole = Run()
-    whole.step(9)
-    for cut in (2, 3, 6):
-        first = Run()
-        first.step(cut)
-        first.tuned.save(tmp_path / "here.petiole.safetensors", folded=False)
-        kept = [first.events.state_dict(), first.optimizer.state_dict(), first.scheduler.state_dict()]
-        again = Run(seed=7)  # another start, which the file replaces in full
-        again.tuned.restore(tmp_path / "here.petiole.safetensors")
-        for part, state in zip((again.events, again.optimizer, again.scheduler), kept, strict=True):
-            part.load_state_dict(state)
-        again.step(9 - cut)
-        assert [d.rank for d in again.deltas] == [d.rank for d in whole.deltas]
-        wanted = whole.tuned.named_tensors(folded=False)
-        for name, tensor in again.tuned.named_tensors(folded=False).items():
-            assert torch.equal(tensor, wanted[name]), (cut, name)
-        assert [g["lr"] for g in whole.optimizer.param_groups] == [g["lr"] for g in again.optimizer.param_groups]
+    growing.assert_resumes(start, tmp_path)
 
 
-SETTINGS: dict[str, Any] = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2, "weight_decay": 0.1}
-
-
-def trained(folder: Path, resume: bool = False, kind: Any = pt.Trainer, **extra: Any) -> tuple[bytes, dict[str, int]]:
-    model = bert(hidden_dropout_prob=0.1)
-    tuned = pt.attach(model, pt.IncreLoRA(**SOON, target_rank=3, roles=("q", "v")))
-    run = kind(model=model, args=arguments(folder, **SETTINGS), train_dataset=rows(), **extra)
-    run.train(resume_from_checkpoint=resume)
-    return tuned.save(folder / "final.petiole.safetensors", folded=False).read_bytes(), rank_pattern(tuned)
+SMALL: Any = {**SOON, "target_rank": 3, "roles": ("q", "v")}
 
 
 @pytest.mark.slow
 def test_killed_while_it_grows_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    whole, ranks = trained(tmp_path / "whole")
+    ranks = growing.assert_survives_kills(pt.IncreLoRA(**SMALL), tmp_path, (3, 5, 8))
     assert sum(ranks.values()) == 12
-    for n in (3, 5, 8):  # the step that is not made any more
-
-        def cut(n: int = n) -> None:
-            children.Countdown(n).watch(AdamW, "step")
-            trained(tmp_path / str(n))
-
-        assert children.run(cut) == children.KILLED
-
-        def again(n: int = n) -> None:
-            assert trained(tmp_path / str(n), True) == (whole, ranks)
-
-        assert children.run(again) == 0, n
 
 
 def test_in_another_trainer(tmp_path: Path) -> None:
     from transformers import Trainer
 
-    ranks = trained(tmp_path / "ours")[1]
-    assert sum(ranks.values()) == 12
-    assert trained(tmp_path / "theirs", kind=Trainer, callbacks=[PetioleCallback()])[1] == ranks
+    ranks = trained(pt.IncreLoRA(**SMALL), tmp_path / "ours")[1]
+    theirs = trained(pt.IncreLoRA(**SMALL), tmp_path / "theirs", kind=Trainer, callbacks=[PetioleCallback()])
+    assert sum(ranks.values()) == 12 and theirs[1] == ranks
 
 
 # 10
 def test_restarted_warm_ups() -> None:
-    run = Run(warmup_steps=3, update_interval=4)
+    run = start(warmup_steps=3, update_interval=4)
     run.step(4)
     count = len(run.optimizer.param_groups)
     run.forward_backward()
@@ -425,7 +345,7 @@ def test_restarted_warm_ups() -> None:
 
 
 def test_without_restart_the_run_s_schedule() -> None:
-    run = Run(restart_warmup=False)
+    run = start(restart_warmup=False)
     run.step(6)
     assert len({g["lr"] for g in run.optimizer.param_groups}) == 1
 
@@ -443,10 +363,10 @@ def test_orthogonality_by_hand() -> None:
 
 
 def test_the_term_is_in_the_loss_and_counts_reserves() -> None:
-    run = Run(orthogonality_weight=0.3)
+    run = start(orthogonality_weight=0.3)
     pairs = [d.factors() for d in run.deltas]
     assert pairs[0][0].shape[0] == 2  # one component, one in reserve
-    plain = Run(orthogonality_weight=0.0)
+    plain = start(orthogonality_weight=0.0)
     with_term, without = (r.model(**r.batch).loss for r in (run, plain))
     torch.testing.assert_close(with_term - without, 0.3 * orthogonality(pairs), rtol=1e-4, atol=1e-5)
     assert plain.tuned.loss_terms() == []
@@ -454,7 +374,7 @@ def test_the_term_is_in_the_loss_and_counts_reserves() -> None:
 
 # files
 def test_the_file_for_deployment_has_no_reserve(tmp_path: Path) -> None:
-    run = Run()
+    run = start()
     run.step(3)
     path = run.tuned.save(tmp_path / "a.safetensors")
     whole = run.tuned.save(tmp_path / "b.safetensors", folded=False)
@@ -475,14 +395,7 @@ def test_the_file_for_deployment_has_no_reserve(tmp_path: Path) -> None:
     [{"blocks": []}, {"blocks": [0, 1]}, {"blocks": "11"}, {"blocks": [1, 10**9]}, {"seed": "x"}, {"reserve": 2}],
 )
 def test_a_structure_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    from petiole.files import save_adaptation
-
-    tensors, header = parse(Run().tuned.save(tmp_path / "a.safetensors").read_bytes())
-    header = {key: value for key, value in header.items() if key not in ("digest", "format")}
-    next(iter(header["structure"].values())).update(change)
-    save_adaptation(tmp_path / "b.safetensors", tensors, header)
-    with pytest.raises(FileError):
-        pt.load(tiny.model("bert"), tmp_path / "b.safetensors")
+    growing.assert_refuses_structure(start(), tmp_path, change)
 
 
 def test_the_same_reserves_whatever_was_before() -> None:
@@ -516,7 +429,7 @@ def test_a_budget_below_the_start_is_refused() -> None:
 
 
 def test_a_step_without_gradients_and_a_second_call_are_refused() -> None:
-    run = Run(orthogonality_weight=0.0)
+    run = start(orthogonality_weight=0.0)
     run.step(2)
     run.events.before_step()
     run.model(**run.batch)
@@ -536,7 +449,7 @@ def test_an_optimiser_without_the_parameters_is_refused() -> None:
 
 
 def test_a_run_too_short_for_the_budget_is_warned_of() -> None:
-    run = Run(target_rank=4, top_k=2, rank_increment=1, steps=20)  # 18 increments, two a round: 9 rounds, from step 2
+    run = start(target_rank=4, top_k=2, rank_increment=1, steps=20)  # 18 increments, two a round: 9 rounds, from step 2
     with pytest.warns(UserWarning, match="9 rounds of growth, the last in step 18; this run has 18 steps"):
         run.events.total_steps = 18
         run.events.before_step()
@@ -548,7 +461,7 @@ def test_a_run_too_short_for_the_budget_is_warned_of() -> None:
 
 def test_a_restart_needs_a_schedule_that_can() -> None:
     for total, scheduler in ((0, True), (20, False)):
-        run = Run()
+        run = start()
         run.events.total_steps = total
         run.events.scheduler = run.scheduler if scheduler else None
         with pytest.raises(TrainingError, match="restart_warmup=False"):

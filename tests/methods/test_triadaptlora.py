@@ -11,60 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
+import growing
 import petiole as pt
 import tiny
 import toys
+from growing import Run
 from linears import OneLinear, Parallel, attached, parts, set_
-from petiole.errors import AttachError, ConfigError, FileError, TrainingError
-from petiole.files import parse
-from petiole.methods.lowrank.growth import grown, orthogonality
-from petiole.methods.lowrank.triadaptlora import Triangles
-from petiole.ranks import rank_pattern
-from petiole.training import Events, parameter_groups
-from training import children
-from training.toys import arguments, bert, rows
+from petiole.errors import AttachError, ConfigError, TrainingError
+from petiole.methods.lowrank.growth import orthogonality
 
 SOON: dict[str, Any] = {"warmup_steps": 1, "update_interval": 2, "target_rank": 4}  # grows in steps 2, 4, 6, …
 
 
-class Run:
-    """A plain loop on a small text model."""
-
-    def __init__(self, seed: int = 0, steps: int = 20, **fields: Any) -> None:
-        self.model, self.batch = tiny.model("bert"), tiny.batch("bert")
-        self.method = pt.TriAdaptLoRA(**{**SOON, "roles": ("q", "v", "up"), **fields})
-        self.tuned = pt.attach(self.model, self.method, seed=seed)
-        self.optimizer = AdamW(parameter_groups(self.model, learning_rate=1e-2, weight_decay=0.1))
-        self.scheduler = LambdaLR(self.optimizer, lambda step: 1 - step / steps)
-        self.events = Events(self.model, self.optimizer, self.scheduler, total_steps=steps)
-        self.events.begin()
-        self.model.train()
-
-    def forward_backward(self) -> None:
-        self.events.before_step()
-        self.model(**self.batch).loss.backward()
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.forward_backward()
-            self.events.before_optimizer_step()
-            self.finish()
-
-    def finish(self) -> None:
-        self.optimizer.step()
-        self.events.after_optimizer_step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-
-    @property
-    def deltas(self) -> list[Triangles]:
-        return [slot.delta for slot in self.tuned.slots if isinstance(slot.delta, Triangles)]
-
-    @property
-    def total(self) -> int:
-        return grown(self.deltas)
+def start(seed: int = 0, steps: int = 20, **fields: Any) -> Run:
+    return Run(pt.TriAdaptLoRA(**{**SOON, "roles": ("q", "v", "up"), **fields}), seed, steps)
 
 
 def one(sizes: tuple[int, ...] = (2, 1, 3), seed: int = 0, values: bool = True, **fields: Any) -> tuple[OneLinear, Any]:
@@ -180,23 +141,23 @@ def test_how_many_sites_grow() -> None:
 
 # 6
 def test_the_score() -> None:
-    run = Run(warmup_steps=50)
+    run = start(warmup_steps=50)
     run.events.before_step()
-    start = run.tuned.state[0]["norms"]
-    torch.testing.assert_close(start, torch.stack([d.core().norm() for d in run.deltas]).detach())
+    first = run.tuned.state[0]["norms"]
+    torch.testing.assert_close(first, torch.stack([d.core().norm() for d in run.deltas]).detach())
     moment = run.tuned.moment(0)
-    assert torch.equal(run.method.norms(moment, run.deltas), start)  # nothing moved: a score of 0
+    assert torch.equal(run.method.norms(moment, run.deltas), first)  # nothing moved: a score of 0
     with torch.no_grad():
         for parameter in (*run.deltas[0].L, *run.deltas[0].U):
             parameter.neg_()
-    torch.testing.assert_close(run.method.norms(moment, run.deltas), start)
+    torch.testing.assert_close(run.method.norms(moment, run.deltas), first)
     run.deltas[1].append(1)
     now = run.method.norms(moment, run.deltas)
     torch.testing.assert_close(now[1], (run.deltas[1].core().norm() / 2).detach())
 
 
 def test_the_first_score_is_growth_since_the_start() -> None:
-    run = Run(growth="fixed", top_k=1)
+    run = start(growth="fixed", top_k=1)
     run.step(2)
     norms = run.tuned.state[0]["norms"].clone()
     run.forward_backward()
@@ -209,18 +170,11 @@ def test_the_first_score_is_growth_since_the_start() -> None:
 
 # 7
 def test_one_group_for_each_parameter_and_growth_leaves_moments_alone() -> None:
-    run = Run()
+    run = start()
     for _ in range(8):
         run.forward_backward()
-        old = {n: p.detach().clone() for n, p in run.tuned.named_parameters()}
-        moments = {p: {k: v.clone() for k, v in run.optimizer.state[p].items()} for p in run.optimizer.state}
-        run.events.before_optimizer_step()
-        now = dict(run.tuned.named_parameters())
-        assert all(torch.equal(now[n], value) for n, value in old.items())
-        for parameter, state in moments.items():
-            assert all(torch.equal(run.optimizer.state[parameter][k], v) for k, v in state.items())
-        held = sorted(id(p) for group in run.optimizer.param_groups for p in group["params"])
-        assert held == sorted(id(p) for p in run.tuned.parameters())
+        growing.assert_growth_keeps(run)
+        growing.assert_one_group_for_each(run)
         run.finish()
     assert run.total > 6 and len({g["lr"] for g in run.optimizer.param_groups}) == 1
 
@@ -242,64 +196,19 @@ def test_merge_is_the_forward_pass(name: str) -> None:
 
 
 def test_a_plain_loop_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    whole = Run()
-    whole.step(9)
-    assert whole.total > 12
-    for cut in (2, 3, 6):
-        first = Run()
-        first.step(cut)
-        first.tuned.save(tmp_path / "here.petiole.safetensors", folded=False)
-        kept = [first.events.state_dict(), first.optimizer.state_dict(), first.scheduler.state_dict()]
-        again = Run(seed=7)  # another start, which the file replaces in full
-        again.tuned.restore(tmp_path / "here.petiole.safetensors")
-        for part, state in zip((again.events, again.optimizer, again.scheduler), kept, strict=True):
-            part.load_state_dict(state)
-        assert torch.equal(again.tuned.state[0]["norms"], first.tuned.state[0]["norms"])
-        again.step(9 - cut)
-        assert [d.sizes for d in again.deltas] == [d.sizes for d in whole.deltas]
-        wanted = whole.tuned.named_tensors(folded=False)
-        for name, tensor in again.tuned.named_tensors(folded=False).items():
-            assert torch.equal(tensor, wanted[name]), (cut, name)
-
-
-def trained(folder: Path, resume: bool = False) -> tuple[bytes, dict[str, int]]:
-    model = bert(hidden_dropout_prob=0.1)
-    tuned = pt.attach(model, pt.TriAdaptLoRA(**SOON))
-    settings: dict[str, Any] = {"max_steps": 10, "save_steps": 1, "save_total_limit": 2, "weight_decay": 0.1}
-    pt.Trainer(model=model, args=arguments(folder, **settings), train_dataset=rows()).train(
-        resume_from_checkpoint=resume
-    )
-    return tuned.save(folder / "final.petiole.safetensors", folded=False).read_bytes(), rank_pattern(tuned)
+    whole = growing.assert_resumes(start, tmp_path)
+    assert whole.total > 12 and "norms" in whole.tuned.state[0]
 
 
 @pytest.mark.slow
 def test_killed_while_it_grows_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    whole, ranks = trained(tmp_path / "whole")
+    ranks = growing.assert_survives_kills(pt.TriAdaptLoRA(**SOON), tmp_path, (3, 6))
     assert sum(ranks.values()) > len(ranks)
-    for n in (3, 6):  # the step that is not made any more
-
-        def cut(n: int = n) -> None:
-            children.Countdown(n).watch(AdamW, "step")
-            trained(tmp_path / str(n))
-
-        assert children.run(cut) == children.KILLED
-
-        def again(n: int = n) -> None:
-            assert trained(tmp_path / str(n), True) == (whole, ranks)
-
-        assert children.run(again) == 0, n
 
 
 @pytest.mark.parametrize("change", [{"blocks": []}, {"blocks": [0, 1]}, {"blocks": [1, 10**9]}, {"seed": "x"}])
 def test_a_structure_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    from petiole.files import save_adaptation
-
-    tensors, header = parse(Run().tuned.save(tmp_path / "a.safetensors").read_bytes())
-    header = {key: value for key, value in header.items() if key not in ("digest", "format")}
-    next(iter(header["structure"].values())).update(change)
-    save_adaptation(tmp_path / "b.safetensors", tensors, header)
-    with pytest.raises(FileError):
-        pt.load(tiny.model("bert"), tmp_path / "b.safetensors")
+    growing.assert_refuses_structure(start(), tmp_path, change)
 
 
 # 9
@@ -325,7 +234,7 @@ def test_starts() -> None:
 
 
 def test_every_new_tensor_has_a_gradient_within_two_steps() -> None:
-    run = Run(growth="fixed", top_k=6)
+    run = start(growth="fixed", top_k=6)
     run.step(2)
     run.forward_backward()
     run.events.before_optimizer_step()
@@ -339,7 +248,7 @@ def test_every_new_tensor_has_a_gradient_within_two_steps() -> None:
 # 10
 @pytest.mark.parametrize("growth", ["linear", "non-linear", "fixed"])
 def test_ranks_only_grow_to_the_budget(growth: str) -> None:
-    run = Run(target_total_rank=17, rank_increment=2, growth=growth)
+    run = start(target_total_rank=17, rank_increment=2, growth=growth)
     before = run.total
     for _ in range(19):
         run.step()
@@ -349,7 +258,7 @@ def test_ranks_only_grow_to_the_budget(growth: str) -> None:
 
 
 def test_equal_scores_grow_in_the_order_of_sites() -> None:
-    run = Run(init="core_zero", growth="fixed", top_k=2, target_total_rank=10, rank_increment=1)
+    run = start(init="core_zero", growth="fixed", top_k=2, target_total_rank=10, rank_increment=1)
     run.events.before_step()
     moment = run.tuned.moment(0, step=2, total_steps=20)
     run.method.before_optimizer_step(moment)
@@ -358,7 +267,7 @@ def test_equal_scores_grow_in_the_order_of_sites() -> None:
 
 # the loss term
 def test_the_term_is_in_the_loss() -> None:
-    run, plain = Run(orthogonality_weight=0.3), Run(orthogonality_weight=0.0)
+    run, plain = start(orthogonality_weight=0.3), start(orthogonality_weight=0.0)
     with_term, without = (r.model(**r.batch).loss for r in (run, plain))
     wanted = 0.3 * orthogonality([d.factors() for d in run.deltas])
     torch.testing.assert_close(with_term - without, wanted, rtol=1e-4, atol=1e-5)
@@ -367,7 +276,7 @@ def test_the_term_is_in_the_loss() -> None:
 
 @pytest.mark.parametrize("change", ["accumulation", "checkpointing", "re-entrant"])
 def test_growth_is_the_same_under_accumulation_and_checkpointing(change: str) -> None:
-    plain, other = Run(), Run()
+    plain, other = start(), start()
     if change != "accumulation":
         other.model.gradient_checkpointing_enable({"use_reentrant": change == "re-entrant"})
     for run in (plain, other):
@@ -410,26 +319,26 @@ def test_what_is_no_linear_is_refused(name: str, role: str) -> None:
 
 
 def test_growth_needs_to_know_its_end() -> None:
-    run = Run()
+    run = start()
     run.events.total_steps = 0
     with pytest.raises(TrainingError, match="which is not known"):
         run.events.before_step()
-    own = Run(total_steps=5, growth="fixed", top_k=1)
+    own = start(total_steps=5, growth="fixed", top_k=1)
     own.events.total_steps = 0
     own.step(6)
     with pytest.raises(TrainingError, match="after total_steps = 5"):
         own.step(1)
-    closed = Run(target_total_rank=6)
+    closed = start(target_total_rank=6)
     closed.events.total_steps = 0
     closed.step(3)  # nothing is to grow
 
 
 def test_a_run_too_short_for_growth_is_warned_of() -> None:
-    run = Run(warmup_steps=3)
+    run = start(warmup_steps=3)
     with pytest.warns(UserWarning, match="will stay unused"):
         run.events.total_steps = 4
         run.events.before_step()
-    other = Run(warmup_steps=3)
+    other = start(warmup_steps=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.events.before_step()
