@@ -36,6 +36,7 @@ METHODS: dict[str, Any] = {
     "increlora": lambda: pt.IncreLoRA(**SOON, top_k=99, restart_warmup=False, roles=("q", "v")),
     "increlora-picks": lambda: pt.IncreLoRA(**SOON, top_k=1, restart_warmup=False, roles=("q", "v")),
     "triadaptlora": lambda: pt.TriAdaptLoRA(**SOON, growth="fixed", top_k=1),
+    "das": lambda: pt.DAS(num_skip=1, bottleneck=3, skip_bottleneck=3, search={"warmup": 0, "every": 1, "samples": 2}),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "terms": {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0},
@@ -55,6 +56,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "increlora": {"max_steps": 6, "weight_decay": 0.1},
     "increlora-picks": {"max_steps": 6, "weight_decay": 0.1},
     "triadaptlora": {"max_steps": 6, "weight_decay": 0.1},
+    "das": {"max_steps": 6, "optim": "sgd", "max_grad_norm": 0.0},
 }
 
 
@@ -71,8 +73,8 @@ def trainer(name: str, folder: Path, processes: int) -> pt.Trainer:
     model = tiny.model({"causal": "llama", "full": "bert"}.get(name, "bert"))
     pt.attach(model, METHODS[name]())
     settings = arguments(folder / name.removesuffix("-resumed"), **{**PLAIN, **CHANGES[name]})
-    settings.per_device_train_batch_size = 4 // processes
-    return pt.Trainer(model=model, args=settings, train_dataset=data(name))
+    settings.per_device_train_batch_size = settings.per_device_eval_batch_size = 4 // processes
+    return pt.Trainer(model=model, args=settings, train_dataset=data(name), eval_dataset=data(name))
 
 
 def result(name: str, folder: Path, processes: int = 1, rank: int = 0) -> dict[str, Tensor]:
@@ -81,7 +83,9 @@ def result(name: str, folder: Path, processes: int = 1, rank: int = 0) -> dict[s
     resume = str(folder / "grows" / "checkpoint-3") if name == "grows-resumed" else None
     with pt.given(run.model, chosen=rank == 0):
         run.train(resume_from_checkpoint=resume)
-    return run.adaptations["default"].named_tensors(folded=False)
+    tuned = run.adaptations["default"]
+    remembered = {name: tuned.state[0][name] for name in ("preferences",) if name in tuned.state[0]}
+    return {**tuned.named_tensors(folded=False), **remembered}
 
 
 def differing(folder: Path) -> str:
