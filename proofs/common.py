@@ -149,6 +149,113 @@ def accuracy(model: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     return float((model(tokens).argmax(-1) == targets).float().mean())
 
 
+# --------------------------------------------------------------------------------- what a last state has discarded, for side networks
+
+
+def chains(count: int, generator: torch.Generator) -> Tensor:
+    """Tokens (count, 12): each is the one before with probability 1/2, else one of the 5 others."""
+    steps = torch.randint(1, VOCABULARY, (count, LENGTH), generator=generator)
+    steps *= torch.rand(count, LENGTH, generator=generator) < 0.5
+    first = torch.randint(VOCABULARY, (count, 1), generator=generator)
+    return (first + steps.index_fill(1, torch.tensor([0]), 0).cumsum(1)) % VOCABULARY
+
+
+def ahead(x: Tensor, by: int) -> Tensor:
+    """The token so many places on, round the end."""
+    return x.roll(-by, 1)
+
+
+def repeated(x: Tensor) -> Tensor:
+    """Whether a token is the one before; -100, for no class, at the first."""
+    return torch.cat([torch.full_like(x[:, :1], -100), (x[:, 1:] == x[:, :-1]).long()], 1)
+
+
+def parity(x: Tensor) -> Tensor:
+    """(x_t + x_(t+3)) mod 2"""
+    return (x + ahead(x, 3)) % 2
+
+
+def pre_norm(classes: int = VOCABULARY, size: int = 64, depth: int = 4, seed: int = 0) -> nn.Module:
+    """A pre-norm encoder of Transformers with learned positions and 4 heads, which classifies each token."""
+    from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormForTokenClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = RobertaPreLayerNormConfig(
+            vocab_size=VOCABULARY + 1, pad_token_id=VOCABULARY, hidden_size=size, num_hidden_layers=depth, num_attention_heads=4,
+            intermediate_size=4 * size, max_position_embeddings=40, num_labels=classes, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model = RobertaPreLayerNormForTokenClassification(config)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()  # as torch starts them: with positions as large as tokens
+        return model
+
+
+def fit_tokens(
+    model: nn.Module, parameters: Iterable[nn.Parameter], goal: Any, steps: int, rate: float, seed: int = 0
+) -> float:
+    """AdamW on the cross-entropy of `goal(tokens)`, 64 chains a step. Returns the mean loss of the last ten steps."""
+    generator, losses = torch.Generator().manual_seed(seed), []
+    optimizer = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.01)
+    model.train()
+    for _ in range(steps):
+        x = chains(64, generator)
+        loss = nn.functional.cross_entropy(model(x).logits.flatten(0, 1), goal(x).flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return statistics.mean(losses[-10:])
+
+
+@torch.no_grad()
+def right(model: nn.Module, goal: Any, count: int = 1000) -> float:
+    """Share of the tokens of new chains whose class is right."""
+    x = chains(count, torch.Generator().manual_seed(10**6))
+    wanted = goal(x)
+    return float((model(x).logits.argmax(-1) == wanted)[wanted >= 0].float().mean())
+
+
+def pretrained(steps: int = 700) -> tuple[nn.Module, float]:
+    """`pre_norm` trained to tell the token three places on, and its last loss."""
+    model = pre_norm()
+    loss = fit_tokens(model, model.parameters(), lambda x: ahead(x, 3), steps, 2e-3)
+    return model, loss
+
+
+def with_classes(model: nn.Module, classes: int, seed: int = 0) -> nn.Module:
+    """A copy of the backbone under a new head."""
+    other = pre_norm(classes, seed=seed)
+    other.roberta_prelayernorm.load_state_dict(model.roberta_prelayernorm.state_dict())
+    return other
+
+
+def head_alone(model: nn.Module, goal: Any, steps: int = 400, seed: int = 0) -> float:
+    """Share that is right of a norm and a linear head, trained on the last frozen state."""
+    other = with_classes(model, 2, seed)
+    other.classifier = nn.Sequential(nn.LayerNorm(64), other.classifier)
+    other.requires_grad_(False).classifier.requires_grad_(True)
+    fit_tokens(other, other.classifier.parameters(), goal, steps, 3e-3, seed)
+    return right(other, goal)
+
+
+def bytes_over_lora(method: pt.Method) -> float:
+    """Bytes saved for backward by a method over those by LoRA of rank 8 on q, k and v: 6 blocks of width 128, 16 x 32 tokens."""
+    from petiole.cost import saved_bytes
+
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(VOCABULARY, (16, 32), generator=generator)
+    for each in (method, pt.LoRA(rank=8, roles=("q", "k", "v"))):
+        model = pre_norm(size=128, depth=6)
+        pt.attach(model, each)
+        found.append(saved_bytes(model, {"input_ids": x, "labels": x}))
+    return found[0] / found[1]
+
+
 # ------------------------------------------------------------------------------------------------------- ranks that have to grow
 
 

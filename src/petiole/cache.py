@@ -328,13 +328,15 @@ class Cache:
         def look(depth: int, output: Any) -> None:
             if isinstance(output, (tuple, list)):
                 if not whole and any(isinstance(part, Tensor) for part in output[1:]):
-                    raise TrainingError(
-                        f"the cache can't cut {cut.stack.name} here: its blocks hand on more than one tensor"
-                    )
+                    self.cuts = [other for other in self.cuts if other is not cut]  # a whole encoder is left, perhaps
+                    if not self.cuts:
+                        raise TrainingError(
+                            f"the cache can't cut {cut.stack.name} here: its blocks hand on more than one tensor"
+                        )
                 # An empty tensor stands for one, so that who follows what blocks hand on still can.
                 rest = (part.new_empty(0) if isinstance(part, Tensor) else part for part in output[1:])
                 cut.tails[depth] = tuple(rest)
-            if depth in cut.depths:
+            if depth in cut.depths and cut in self.cuts:
                 self._keep(cut, depth, keys, of_output(output)[0])
 
         handles = []

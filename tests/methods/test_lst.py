@@ -329,6 +329,18 @@ def test_dropout_is_the_backbones_or_as_asked() -> None:
     assert rates(attached("bert", dropout=0.3)[1]) == {0.3}
 
 
+def test_the_backbones_dropout_may_be_off() -> None:
+    model = tiny.model("bert", hidden_dropout_prob=0.5)
+    _, tuned = attached("bert", model, backbone_dropout=False)
+    seen: list[Tensor] = []
+    ladders(tuned)[0].register_forward_pre_hook(lambda m, args: seen.append(args[0][-1]))
+    model.train()
+    tuned.methods[0].before_step(tuned.moment(0))
+    outputs = [model(**tiny.batch("bert")).logits for _ in range(2)]
+    assert torch.equal(*seen)
+    assert not torch.equal(*outputs), "the side network keeps its own"
+
+
 def test_stacks_may_keep_other_depths() -> None:
     _, tuned = attached("t5", side_layers={"encoder": (1,), "decoder": "all"})
     assert [ladder.kept for ladder in ladders(tuned)] == [(1,), (0, 1)]

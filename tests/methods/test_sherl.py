@@ -285,6 +285,18 @@ def test_the_cache_skips_all_but_the_late_layers(name: str) -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_the_cache_leaves_a_decoder_whose_blocks_hand_on_a_position_bias() -> None:
+    model, batch = toys.model("t5"), tiny.batch("t5")
+    attached("t5", model)
+    cache, losses = Cache(model), []
+    for _ in range(2):
+        with cache.rows(range(tiny.BATCH)):
+            losses.append(model(**batch).loss)
+    assert cache.hits == tiny.BATCH
+    assert [cut.stack.name for cut in cache.cuts] == ["encoder"]
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("name", ["t5", "bert", "resnet"])
 def test_cost_is_predicted(name: str) -> None:
     model, tuned = attached(name)

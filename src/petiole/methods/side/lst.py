@@ -89,6 +89,7 @@ class LST(Method):
     )
     fisher_samples: int = Field(1024, ge=1, description="Samples of training data for `fisher`, at most.")
     dropout: float | None = Field(None, ge=0, lt=1, description="Of the side network; the backbone's if None.")
+    backbone_dropout: bool = Field(True, description="Leave the frozen backbone's own dropout on in training.")
     merge_last: bool = Field(False, description="Mix the result with the frozen last state, by one more gate.")
 
     @field_validator("side_layers")
@@ -133,7 +134,11 @@ class LST(Method):
             ladder.start_from(stack, chosen, current)
 
     def before_step(self, moment: Moment) -> None:
-        """A constant gate on its way."""
+        """A constant gate on its way, and the backbone without dropout, if asked."""
+        if not self.backbone_dropout:
+            for name, module in moment.model.named_modules():
+                if name and not any(part.startswith("petiole") for part in name.split(".")):
+                    module.training = False
         if self.gate == "constant" and self.gate_end is not None:
             value = self.gate_value + moment.progress * (self.gate_end - self.gate_value)
             for delta in moment.deltas.values():

@@ -88,7 +88,8 @@ class UniPT(Method):
     )
     up: Literal["auto", "relu", "linear", "norm"] = Field(
         "auto",
-        description="Output layer: relu and linear, linear alone, or relu, linear and norm; auto has a norm in encoder-decoders.",
+        description="Output layer: relu and linear; linear alone; or relu, linear and norm. By auto the second after a wide projection, "
+        "the third in encoder-decoders, else the first.",
     )
     auxiliary: bool = Field(
         False,
@@ -138,12 +139,13 @@ class UniPT(Method):
         kind: type[Head] = {"cnn": StageHead, "pooled": PooledHead}.get(form, Head)
         if form == "encoder_decoder":
             kind = MemoryHead if stack.name == "encoder" else DecoderHead
+        usual = "norm" if form == "encoder_decoder" else "linear" if self.wide_projection else "relu"
         head = kind(
             widths_of(stack, numbers),
             out_size // self.reduction_factor,
             out_size,
             wide=stack.hidden_size if self.wide_projection else 0,
-            up=("norm" if form == "encoder_decoder" else "relu") if self.up == "auto" else self.up,
+            up=self.up if self.up != "auto" else usual,
         )
         head.reads, head.names, head.blocks = numbers, names, len(stack.blocks)
         head.publishes = self.auxiliary and kind is DecoderHead
