@@ -120,7 +120,7 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
         for site in heads if train_head is not False else ():
             module = model.get_submodule(site.path)
             own = {f"{site.path}.{name}" for name, _ in module.named_parameters()}
-            if not own & set(made.trained):
+            if not own & set(made.trained) and not any(renews(place, site.path) for _, place in made.places):
                 made.places.append((HEAD, Place(site, HeadDelta(module))))
     keys = [(number, place.site.key, place.site.side, type(place.delta)) for number, place in made.places]
     if len(set(keys)) < len(keys):
@@ -133,6 +133,13 @@ def plan(model: nn.Module, methods: Sequence[Method], found: Anatomy, seed: int,
             f"{'a' if heads else 'no'} task head"
         )
     return made
+
+
+def renews(place: Place, path: str) -> bool:
+    """Whether a delta gives a module's whole output, so that nothing of the module's own is left in it."""
+    if isinstance(place.delta, StackDelta):
+        return place.delta.writes == path
+    return isinstance(place.delta, ModuleDelta) and place.site.path == path
 
 
 def refuse_nested(model: nn.Module) -> None:
@@ -212,14 +219,18 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
     if isinstance(delta, BlockDelta) and not (
         site.path.rpartition(".")[2].isdecimal() if site.role == "block" else one_module(site)
     ):
-        raise AttachError(f"{where} is not a block of a list, nor a sub-layer that is one module, for which something could stand in")
+        raise AttachError(
+            f"{where} is not a block of a list, nor a sub-layer that is one module, for which something could stand in"
+        )
     if isinstance(delta, (StackDelta, TokenDelta)):
         if site.role != "block":
             raise AttachError(f"{where} is not a block of a list, where a {type(delta).__name__} could sit")
         if isinstance(delta, TokenDelta) and sequence_first(module):
             raise AttachError(f"{where} holds its hidden states as (time, batch, width); tokens need batch_first=True")
         if isinstance(delta, StackDelta) and sequence_first(module) and delta.reads_calls:
-            raise AttachError(f"{where} holds its hidden states as (time, batch, width); side networks need batch_first=True")
+            raise AttachError(
+                f"{where} holds its hidden states as (time, batch, width); side networks need batch_first=True"
+            )
         if site.repeats > 1 and isinstance(delta, StackDelta):
             raise AttachError(
                 f"{where} runs {site.repeats} times in one forward pass, which a {type(delta).__name__} can't follow"
