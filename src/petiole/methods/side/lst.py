@@ -13,7 +13,7 @@ Trains   all of the side: about 1 / r² of a block for each, and d d / r numbers
 Starts   from the backbone's own weights, the rows and columns that matter most (`pruning`); ladders, U and gates have their own start.
 Merges   never: both networks run.
 
-Relations: saves activations, where LoRA and adapters save optimiser state; none is kept of the backbone but the h_i themselves. Slower to
+Relations: it saves activations, where LoRA and adapters save optimiser state; none is kept of the backbone but the h_i themselves. Slower to
 learn a task that is far from what the backbone knows. With `pt.Cache`, later epochs run the side network alone.
 """
 
