@@ -435,6 +435,19 @@ def test_subnets_share_what_they_have_in_common() -> None:
     assert [c["layernorm_before"] for c in calls] == [1, 1, 1, 1, 2, 1]  # 4 twice: behind 3 skipped, and behind 3 run
 
 
+def test_compiled_code_follows_what_is_skipped() -> None:
+    torch._dynamo.reset()
+    model, batch = net(depth=4).double(), {"pixel_values": tiny.batch("vit")["pixel_values"].double()}
+    tuned = pt.attach(model, pt.DAS(num_skip=1, bottleneck=3))
+    shake(tuned)
+    moment, compiled = tuned.moment(0), torch.compile(model, backend="eager", fullgraph=True)
+    for depth in (0, 2, 0, 3):
+        das.select(moment, (depth,))
+        eager = output(model, batch)  # first: what a skipped block returns is tried uncompiled
+        torch.testing.assert_close(output(compiled, batch), eager, rtol=1e-9, atol=1e-9)
+    torch._dynamo.reset()
+
+
 def test_the_ramp_skips_one_block_after_another() -> None:
     model = net(depth=6)
     method = pt.DAS(num_skip=4, bottleneck=3, search={**QUICK, "ramp": True})

@@ -375,12 +375,7 @@ def refuse_unfit(method: DAS, moment: Moment) -> None:
             raise AttachError(
                 f"das: the attention of {type(module).__name__} is given windows, of which the residual stream knows nothing"
             )
-    if method.unit == "sublayer":
-        for delta in stand_ins(moment):
-            slot_module = next(
-                m.block for m in moment.model.modules() if isinstance(m, Substitute) and m.delta is delta
+        if isinstance(module, Substitute) and method.unit == "sublayer" and adds_residual(module.block):
+            raise AttachError(
+                f"das: {module.delta.name} adds the residual by itself, which would go with it; unit='block' skips whole blocks"
             )
-            if adds_residual(slot_module):
-                raise AttachError(
-                    f"das: {delta.name} adds the residual by itself, which would go with it; unit='block' skips whole blocks"
-                )
