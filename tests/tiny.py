@@ -274,6 +274,10 @@ RECIPES: dict[str, Recipe] = {
     "unet": Recipe(_unet, "latents_of_text", needs="diffusers"),
 }  # fmt: skip
 NAMES = tuple(RECIPES)
+RECIPES["deep_vit"] = _hf(  # no family of its own: "vit" with blocks and pixels for four stages
+    "ViTForImageClassification", "ViTConfig", "deep_image_classes",
+    **{**_IMAGE, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16},
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ models, batches
@@ -348,6 +352,10 @@ def _image_classes(size: int, generator: torch.Generator) -> dict[str, Any]:
 
 def _large_image_classes(size: int, generator: torch.Generator) -> dict[str, Any]:
     return {**_images(size, generator, 16), "labels": _labels(size, generator)}
+
+
+def _deep_image_classes(size: int, generator: torch.Generator) -> dict[str, Any]:
+    return {**_images(size, generator, 64), "labels": _labels(size, generator)}
 
 
 def _image_alone(size: int, generator: torch.Generator) -> dict[str, Any]:
