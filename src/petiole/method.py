@@ -232,7 +232,7 @@ class AttentionDelta(Delta):
     def score_bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """Added to the scores before softmax: query (B, heads, T, d), key (B, heads, S, d) -> (B or 1, heads or 1, T or 1, S).
 
-        In float32, whatever the type of the scores. Extra keys of deltas before this one are among those of `key`, in front.
+        In float32 best, whatever the type of the scores; fused kernels of other devices than the CPU get it in theirs. Extra keys of deltas before this one are among those of `key`, in front.
         """
         return None
 
@@ -562,6 +562,7 @@ class Method(Config):
     idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
     compiles: ClassVar[bool] = True
     size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
+    builds_on: ClassVar[str] = ""  # what must be attached before it, so that it runs on no bare backbone
     learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)  # where a search looks
     exempt: ClassVar[Mapping[str, str]] = {}  # check of the conformance suite -> why it can't hold
 
