@@ -124,6 +124,8 @@ def attention(
         if bias is not None:
             rows = slot.host.rows(slot.adaptation, key)
             key, value, attention_mask = biased(module, query, key, value, bias, rows, attention_mask, kwargs)
+            if name == "sdpa" and query.device.type != "cpu":  # kernels there take a mask of the query's own type alone
+                attention_mask = attention_mask.to(query.dtype)
     weights: Tensor | None
     if any(slot.delta.needs_probabilities for slot in slots):
         output, weights = explicit(module, slots, query, key, value, attention_mask, *args, **kwargs)
