@@ -232,7 +232,7 @@ class AttentionDelta(Delta):
     def score_bias(self, query: Tensor, key: Tensor) -> Tensor | None:
         """Added to the scores before softmax: query (B, heads, T, d), key (B, heads, S, d) -> (B or 1, heads or 1, T or 1, S).
 
-        In float32 best, whatever the type of the scores; fused kernels of other devices than the CPU get it in theirs. Extra keys of deltas before this one are among those of `key`, in front.
+        In float32, whatever the type of the scores. Extra keys of deltas before this one are among those of `key`, in front.
         """
         return None
 
