@@ -530,12 +530,10 @@ def laid_mask(layout: Layout, mask: Tensor | None, h: Tensor) -> Tensor:
     return layout.laid(mask, seen, seen, dim=-2)  # what is left over may look at anything: nobody looks at it
 
 
-def refuse_windows(model: nn.Module, stack: str, blocks: Any) -> None:
-    """Tokens can't be added where blocks cut the image into windows or hold a bias for each pair of patches."""
+def refuse_windows(model: nn.Module, stack: str, blocks: Any, what: str = "input tokens") -> None:
+    """Tokens can't be added or merged where blocks cut the image into windows or hold a bias for each pair of patches."""
     if len({block.hidden_size for block in blocks}) > 1:
-        raise AttachError(
-            f"input tokens need blocks of one width; {stack} has {sorted({b.hidden_size for b in blocks})}"
-        )
+        raise AttachError(f"{what} need blocks of one width; {stack} has {sorted({b.hidden_size for b in blocks})}")
     for block in blocks:
         for name, module in model.get_submodule(block.path).named_modules():
             if (
@@ -543,5 +541,5 @@ def refuse_windows(model: nn.Module, stack: str, blocks: Any) -> None:
                 or getattr(module, "relative_position_bias", None) is not None
             ):
                 raise AttachError(
-                    f"input tokens don't fit {type(module).__name__} ({block.path}.{name}): it holds a bias for each pair of patches"
+                    f"{what} don't fit {type(module).__name__} ({block.path}.{name}): it holds a bias for each pair of patches"
                 )

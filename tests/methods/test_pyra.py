@@ -417,13 +417,13 @@ def test_where_tokens_can_not_merge_it_says_why() -> None:
     image = {**small, "image_size": 8, "patch_size": 4}
     dense = ViTForMaskedImageModeling(ViTConfig(**image, encoder_stride=4))
     models = {
-        "blocks of one width": [toys.model(name) for name in ("swin", "convnext")],
+        "merged tokens need blocks of one width": [toys.model(name) for name in ("swin", "convnext")],
         "patches of an image alone": [toys.model(name) for name in ("vilt", "bert")],
         "language model": [toys.model("llava")],
         "needs the grid of patches": [dense],
         "no class token": [SiglipVisionModel(SiglipVisionConfig(**image))],
         "detection_tokens": [YolosModel(YolosConfig(**{**image, "image_size": [8, 8]}))],
-        "bias for each pair": [toys.model("beit", use_relative_position_bias=True)],
+        "merged tokens don't fit .* bias for each pair": [toys.model("beit", use_relative_position_bias=True)],
     }
     for why, each in models.items():
         for model in each:

@@ -99,7 +99,7 @@ def places(found: Anatomy, stack: Stack, model: nn.Module) -> list[Places]:
     Raises:
         AttachError: a block is not pre-norm with one attention and one ffn, or has windows, or positions in every block.
     """
-    refuse_windows(model, stack.name, stack.blocks)
+    refuse_windows(model, stack.name, stack.blocks, "merged tokens")
     made = []
     for block in stack.blocks:
         of = {role: [s for s in block.sites if s.role == role] for role in ("attention", "ffn", "block")}
