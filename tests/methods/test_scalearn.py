@@ -417,3 +417,61 @@ def test_fusion_keeps_its_values_near_the_identity() -> None:
     (term,) = tuned.loss_terms()
     assert float(term.detach()) == pytest.approx(0.01 * 4, rel=1e-4)
     assert combined(sourced(), pt.AdapterFusion(sources=NAMES, value=False)).loss_terms() == []
+
+
+# ------------------------------------------------------------------------- what every method must hold, which a bare backbone can't show
+
+BOTH = (pt.ScaLearn(sources=NAMES, dropout=0.0), pt.AdapterFusion(sources=NAMES))
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_checkpointing_changes_no_gradient(method: pt.Method) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = sourced().train()
+        tuned = combined(model, method)
+        if checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model(**tiny.batch("bert")).loss.backward()
+        gradients.append([p.grad for p in tuned.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_half_precision_follows_full_precision(method: pt.Method) -> None:
+    model, batch = sourced(), tiny.batch("bert")
+    combined(model, method)
+    wanted = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**batch)
+    found.loss.backward()
+    torch.testing.assert_close(found.logits.float(), wanted, rtol=0.05, atol=0.05)
+    half = copy.deepcopy(toys.model("bert")).to(torch.bfloat16)
+    for seed, name in enumerate(NAMES):
+        toys.shake(pt.attach(half, source(4 + seed), name=name, seed=seed), 0.3)
+    tuned = combined(half, method, train_head=False)
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    found = half(**batch)
+    found.loss.backward()
+    torch.testing.assert_close(found.logits.float(), wanted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_rows_take_the_transfer_or_a_source(method: pt.Method) -> None:
+    model, batch = sourced(), tiny.batch("bert")
+    combined(model, method)
+    with pt.route(model, ["mnli", "target"]):
+        rows = model(**batch).logits
+    for row, name in enumerate(("mnli", "target")):
+        with pt.route(model, name):
+            torch.testing.assert_close(rows[row], model(**batch).logits[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_detaching_leaves_the_sources(method: pt.Method) -> None:
+    model, batch = sourced(), tiny.batch("bert")
+    pt.activate(model, "rte")
+    wanted = model(**batch).logits
+    combined(model, method).detach()
+    pt.activate(model, "rte")
+    assert torch.equal(model(**batch).logits, wanted)
