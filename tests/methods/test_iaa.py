@@ -17,7 +17,6 @@ import toys
 from petiole.errors import AttachError, ConfigError
 from petiole.methods.adapters.bottleneck import Bottleneck
 from petiole.tasks.retrieval import BiEncoderLoss, CrossEncoderLoss, check_towers
-from petiole.training import Events
 
 CONNECT = ("sublayer", "layer", "model")
 D = 32
@@ -199,17 +198,24 @@ def test_padding_changes_no_real_token(connect: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_the_model_path_keeps_its_gradient_under_checkpointing() -> None:
-    gradients = []
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_model_path_keeps_its_gradient_under_checkpointing(reentrant: bool) -> None:
+    gradients, calls = [], []
     for checkpointing in (False, True):
         model = bert().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
         tuned = shaken(model, pt.IAA(connect="model", r=4, aside_r=4))
-        events = Events(model, torch.optim.SGD(tuned.parameters(), lr=0.1), total_steps=1)
-        events.before_step()
+        calls.append(0)
+
+        def count(*_: Any) -> None:
+            calls[-1] += 1
+
+        model.encoder.layer[1].intermediate.register_forward_hook(count)
         model(**tokens()).last_hidden_state.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in tuned.parameters() if p.grad is not None]))
+    assert calls == [1, 2]
     torch.testing.assert_close(*gradients)
 
 

@@ -116,7 +116,7 @@ class Aside(Part):
         for stack in [anatomy.stack(self.stack)] if self.stack else anatomy.stacks:
             if self.connect == "model":
                 first, last = (block_site(stack.blocks[depth]) for depth in (0, -1))
-                yield self.around(first.at("input"), last.at("output"), Throughout)
+                yield self.around(first.at("input"), last.at("output"))
                 continue
             for site in anatomy.sites(["block"], self.layers, stack.name):
                 if self.connect == "layer":
@@ -127,7 +127,7 @@ class Aside(Part):
                     yield self.around(read, norm.at("output"))
                     read = norm.at("output")  # after what has just been added there
 
-    def around(self, read: Site, write: Site, kind: type[Bottleneck] = Bottleneck) -> Place:
+    def around(self, read: Site, write: Site) -> Place:
         """A bottleneck from one site to another.
 
         Raises:
@@ -137,13 +137,7 @@ class Aside(Part):
             raise AttachError(
                 f"iaa: {write.key} is {write.size} wide, {read.key} is {read.size}; a path needs one width"
             )
-        return Place(write, kind(read.size, self.r, **self.shape), read=read)
-
-
-class Throughout(Bottleneck):
-    """Reads in another block than it writes, so that neither of them can be run again alone for the backward pass."""
-
-    publishes = True
+        return Place(write, Bottleneck(read.size, self.r, **self.shape), read=read)
 
 
 def block_site(block: Block) -> Site:
