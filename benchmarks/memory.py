@@ -34,9 +34,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LARGE = {
     "T5-base": ("T5Config", "T5ForConditionalGeneration",
-                {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "d_kv": 64, "vocab_size": 32128}),
+                {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "d_kv": 64, "vocab_size": 32128, "decoder_start_token_id": 0}),
     "T5-3B": ("T5Config", "T5ForConditionalGeneration",
-              {"d_model": 1024, "d_ff": 16384, "num_layers": 24, "num_heads": 32, "d_kv": 128, "vocab_size": 32128}),
+              {"d_model": 1024, "d_ff": 16384, "num_layers": 24, "num_heads": 32, "d_kv": 128, "vocab_size": 32128, "decoder_start_token_id": 0}),
     "Llama-7B": ("LlamaConfig", "LlamaForCausalLM", {}),
 }  # fmt: skip
 

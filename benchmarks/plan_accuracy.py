@@ -79,6 +79,7 @@ def filled(shapes: dict[str, list[int]], config: Any) -> dict[str, torch.Tensor]
 def errors(row: Row, model: nn.Module, batch: Any, method: Any) -> dict[str, float]:
     """Relative error of each figure of one row."""
     adaptation = pt.attach(model, method)
+    adaptation.calibrate([batch])
     cost = measure(model, batch, loss=default_loss, repeats=1, warmup=0)
     found = {
         name: float(getattr(cost, name)) for name in ALLOWED if name not in ("trainable_parameters", "checkpoint_bytes")
