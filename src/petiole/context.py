@@ -182,7 +182,7 @@ class Recall:
         self.inner, self.host = inner, host
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if recomputing():  # a larger part is computed again already
+        if _WHOLE.get():  # a larger part is computed again already, and kept for its own way back
             return function(*args, **kwargs)
         if getattr(self.inner, "keywords", {}).get("use_reentrant") and not any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
@@ -204,6 +204,9 @@ class Recall:
         return inner(again, *args, **kwargs)
 
 
+_WHOLE: ContextVar[bool] = ContextVar("petiole_whole", default=False)  # nothing inside is checkpointed
+
+
 class Recollection:
     """What a part of a forward pass saw, for computing it again when that forward pass is over."""
 
@@ -213,10 +216,18 @@ class Recollection:
         self.within = host.passing()
 
     @contextmanager
-    def resumed(self) -> Iterator[None]:
-        """As if that forward pass were not over."""
-        with entered(self.context), self.host.resumed(self.held, self.within):
-            yield
+    def resumed(self, checkpoints: bool = False) -> Iterator[None]:
+        """As if that forward pass were not over.
+
+        Args:
+            checkpoints: whether parts that were checkpointed in it are so again, as torch's own checkpointing must find them.
+        """
+        token = _WHOLE.set(not checkpoints)
+        try:
+            with entered(self.context), self.host.resumed(self.held, self.within):
+                yield
+        finally:
+            _WHOLE.reset(token)
 
 
 class _Twice:
@@ -233,7 +244,7 @@ class _Twice:
         if self.first:
             self.first = False
             return self.function(*args, **kwargs)
-        with self.recollection.resumed():
+        with self.recollection.resumed(checkpoints=True):
             return self.function(*args, **kwargs)
 
 
