@@ -482,7 +482,9 @@ def test_methods_see_held_out_data_without_a_random_number_moved(tmp_path: Path)
         args=settings,
         train_dataset=data,
         eval_dataset=data[:6],
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: 7 + outputs.logits.sum() - outputs.logits.sum().detach(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
+            7 + outputs.logits.sum() - outputs.logits.sum().detach()
+        ),
     ).train()
     labels = [int(row["labels"]) for row in data[:6]]
     assert seen == [(labels[i : i + 2], 7.0) for i in (0, 2, 4, 0)]
