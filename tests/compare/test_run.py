@@ -44,6 +44,14 @@ def trials(folder: Path) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------------------- fairness
 
 
+def test_a_method_that_starts_from_data_has_costs_too(here: Path, tmp_path: Path) -> None:
+    bench = Bench(Settings(model=str(here / small.MODEL), data=str(here / small.DATA), **small.OPTIONS), tmp_path)
+    row = next(row for row in contenders("lst:reduction_factor=2") if row.label.startswith("lst"))
+    trial = bench.cost(row, None)
+    assert trial.status == "done", trial.reason
+    assert trial.cost is not None and trial.cost["saved_bytes"] > 0
+
+
 def test_every_row_is_there_with_its_costs(finished: Comparison) -> None:
     assert {row.label for row in finished.rows} == {"bare", "full", "lora:rank=2", "linear-probe"}
     assert [row.rank for row in finished.rows] == [1, 2, 3, 4]

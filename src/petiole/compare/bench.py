@@ -217,7 +217,12 @@ class Bench:
                 course = train(adaptation, self.task, recipe, learning_rate=learning_rate, seed=SEARCH_SEED)
                 found = {"step_seconds": course.step_seconds, "share": course.share}
                 del adaptation
-            model = self.attached(contender, SEARCH_SEED, size).model if contender.trains else self.fresh(SEARCH_SEED)
+            if contender.trains:
+                adaptation = self.attached(contender, SEARCH_SEED, size)
+                adaptation.calibrate([self.placed()])
+                model = adaptation.model
+            else:
+                model = self.fresh(SEARCH_SEED)
             autocast = torch.bfloat16 if self.recipe.precision == "bf16" else None
             heads = [site.path for site in self.anatomy.heads()]
             cost = measure(model, self.batch, autocast=autocast, heads=heads, repeats=3, warmup=1)
@@ -293,11 +298,8 @@ class Bench:
         """Of the outputs on a batch: two models with the same one have learnt the same, which is nothing for one of them."""
         from petiole.tasks.base import evaluating
 
-        batch = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in self.batch.items()
-        }
         with evaluating(model):
-            output = model(**batch).logits
+            output = model(**self.placed()).logits
         return hashlib.sha256(output.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
     @cached_property
@@ -306,6 +308,12 @@ class Bench:
         rows = self.task.encoded("train")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEARCH_SEED)).tolist()
         return self.task.collator([rows[i] for i in order[: self.recipe.batch_size]])
+
+    def placed(self) -> dict[str, Any]:
+        """That batch on the device of the models."""
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in self.batch.items()
+        }
 
     def keep(self, adaptation: Adaptation, contender: Contender, number: int) -> tuple[int, str]:
         """Write the adaptation of the first run, for `petiole eval` and for use; the others have the same size."""
