@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from common import step
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
@@ -114,15 +115,7 @@ def fit(model: nn.Module, tuned: pt.Adaptation, x: Tensor, y: Tensor, seed: int,
     model.train()
     events.begin([{"x": x[:BATCH]}])
     for rows in batches(len(x), seed, steps):
-        events.before_step()
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
-        losses.append(float(loss.detach()))
-        extra = events.extra_loss()
-        (loss if extra is None else loss + extra).backward()
-        events.before_optimizer_step(loss)
-        optimizer.step()
-        events.after_optimizer_step()
-        optimizer.zero_grad()
+        losses.append(step(events, optimizer, lambda rows=rows: nn.functional.cross_entropy(model(x[rows]), y[rows])))
     model.eval()
     return losses
 

@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -282,6 +282,19 @@ def four_layers(seed: int, share: float = 1 / 8) -> tuple[Parallel, Tensor, Tens
     return Parallel(W), x, x @ (W + D).mT
 
 
+def step(events: Any, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> float:
+    """One step of the optimiser with the events of the methods and their terms. Returns the loss without these."""
+    events.before_step()
+    loss = loss_of()
+    extra = events.extra_loss()
+    (loss if extra is None else loss + extra).backward()
+    events.before_optimizer_step(loss)
+    optimizer.step()
+    events.after_optimizer_step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
 def fit_growing(
     method: pt.Method, seed: int, learning_rate: float, steps: int, share: float = 1 / 8, weight_decay: float = 0.0
 ) -> tuple[list[int], float]:
@@ -295,14 +308,7 @@ def fit_growing(
     events = Events(model, optimizer, total_steps=steps, prove=False)  # two layers are right already
     events.begin()
     for _ in range(steps):
-        events.before_step()
-        loss = (model(x) - y).square().mean((1, 2)).sum()
-        extra = events.extra_loss()
-        (loss if extra is None else loss + extra).backward()
-        events.before_optimizer_step(loss)
-        optimizer.step()
-        events.after_optimizer_step()
-        optimizer.zero_grad()
+        step(events, optimizer, lambda: (model(x) - y).square().mean((1, 2)).sum())
     with torch.no_grad():
         left = (model.eval()(x) - y).square().mean((1, 2)).sum()
     return list(rank_pattern(tuned).values()), float(left)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import petiole as pt
 import tiny
 import toys
+from beside import assert_cached_alike, assert_cost_is_predicted, assert_refused
 from linears import set_
-from petiole import cost
-from petiole.cache import Cache
-from petiole.errors import AttachError, ConfigError, PetioleError, TrainingError
+from petiole.errors import AttachError, ConfigError, TrainingError
 from petiole.methods.side.lst import Ladder
 from petiole.methods.side.pruning import fisher, keep
 from petiole.training import parameter_groups
@@ -362,30 +361,15 @@ def test_the_cache_skips_the_whole_backbone(name: str) -> None:
         for block in stack.blocks:
             inner = next(s.path for s in block.sites if s.role == "q")
             model.get_submodule(inner).register_forward_hook(lambda m, a, o, path=inner: ran.append(path))
-    cache, losses = Cache(model), []
-    for _ in range(2):
-        ran.clear()
-        with cache.rows(range(tiny.BATCH)):
-            loss = model(**batch).loss
-        loss.backward()
-        losses.append([loss, *(p.grad.clone() for p in tuned.parameters())])
-        for p in tuned.parameters():
-            p.grad = None
+    assert_cached_alike(model, tuned, batch, ran.clear)
     assert not ran
-    for one, other in zip(*losses, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "vit"])
 def test_cost_is_predicted(name: str) -> None:
     model, tuned = attached(name)
-    predicted, measured = (
-        cost.predict(model, tiny.batch(name)),
-        cost.measure(model, tiny.batch(name), repeats=1, warmup=0),
-    )
-    for field in ("saved_bytes", "step_flops", "gradient_bytes", "checkpoint_bytes"):
-        assert getattr(predicted, field) == getattr(measured, field), field
-    assert predicted.parameters.trainable == tuned.trainable
+    fields = ("saved_bytes", "step_flops", "gradient_bytes", "checkpoint_bytes")
+    assert_cost_is_predicted(model, tuned, tiny.batch(name), fields)
 
 
 # refusals
@@ -409,13 +393,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("mixtral", {}, "experts"),
         ("torch_encoder", {}, "experts or convolutions|configuration"),
     ]
-    for name, fields, words in cases:
-        model = tiny.model(name)
-        before = toys.snapshot(model)
-        with pytest.raises(PetioleError, match=words) as caught:
-            pt.attach(model, pt.LST(**{"reduction_factor": 4, **fields}))
-        assert len(str(caught.value).splitlines()) <= 3
-        assert toys.snapshot(model) == before
+    assert_refused(pt.LST, cases)
 
 
 def test_training_without_data_to_start_from_is_refused() -> None:

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import petiole as pt
 import tiny
 import toys
+from beside import assert_cached_alike, assert_cost_is_predicted, assert_no_graph_below, assert_refused, random
 from linears import set_
 from petiole import cost
 from petiole.cache import Cache
-from petiole.errors import AttachError, ConfigError, PetioleError
+from petiole.errors import AttachError, ConfigError
 from petiole.methods.side.sherl import FinalNorm, Maps, Pooled, Sense, Sherl
 
 FAMILIES = ("t5", "bart", "bert", "vit", "llama", "resnet", "clip")
@@ -30,10 +31,6 @@ def adapters(tuned: pt.Adaptation) -> list[Sherl]:
     return [slot.delta for slot in tuned.slots if isinstance(slot.delta, Sherl)]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def free(size: int = 6, **fields: Any) -> Sherl:
     """An adapter whose scores are all 1: v = 0, b = 1."""
     adapter = Sherl(pt.SHERL(**fields), "gated", [12] * 4, size, 12)
@@ -46,19 +43,7 @@ def free(size: int = 6, **fields: Any) -> Sherl:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_early_layers_leave_no_graph_and_late_ones_no_gradient(name: str) -> None:
     model, tuned = attached(name, tiny.model(name))
-    before: list[int] = []
-    saved: list[Tensor] = []
-
-    def look(adapter: nn.Module, args: Any) -> None:
-        before.append(len(saved))
-        assert not any(h.requires_grad for h in (*args[0], args[2]))
-
-    adapters(tuned)[0].register_forward_pre_hook(look)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        loss = toys.first(model.train()(**tiny.batch(name))).square().mean()
-    assert before == [0]
-    assert saved
-    loss.backward()
+    assert_no_graph_below(model, adapters(tuned)[0], tiny.batch(name)).backward()
     trained = {id(p) for p in tuned.parameters()}
     assert all(not p.requires_grad and p.grad is None for p in model.parameters() if id(p) not in trained)
     for adapter in adapters(tuned):
@@ -271,18 +256,8 @@ def test_a_guide_may_have_layers_of_its_own() -> None:
 def test_the_cache_skips_all_but_the_late_layers(name: str) -> None:
     model, batch = toys.model(name), tiny.batch(name)
     _, tuned = attached(name, model)
-    cache, found = Cache(model), []
+    cache = assert_cached_alike(model, tuned, batch)
     assert [(c.stack.name, len(c.stack.blocks) - c.skipped) for c in cache.cuts][-1][1] == 1
-    for _ in range(2):
-        with cache.rows(range(tiny.BATCH)):
-            loss = model(**batch).loss
-        loss.backward()
-        found.append([loss, *(p.grad.clone() for p in tuned.parameters())])
-        for p in tuned.parameters():
-            p.grad = None
-    assert cache.hits == tiny.BATCH
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_the_cache_leaves_a_decoder_whose_blocks_hand_on_a_position_bias() -> None:
@@ -300,10 +275,7 @@ def test_the_cache_leaves_a_decoder_whose_blocks_hand_on_a_position_bias() -> No
 @pytest.mark.parametrize("name", ["t5", "bert", "resnet"])
 def test_cost_is_predicted(name: str) -> None:
     model, tuned = attached(name)
-    batch = tiny.batch(name)
-    predicted, measured = cost.predict(model, batch), cost.measure(model, batch, repeats=1, warmup=0)
-    assert predicted.saved_bytes == measured.saved_bytes
-    assert predicted.parameters.trainable == tuned.trainable
+    assert_cost_is_predicted(model, tuned, tiny.batch(name))
 
 
 # refusals
@@ -326,11 +298,5 @@ def test_what_does_not_fit_is_refused() -> None:
         ("vit", {"sensing": "pooled"}, "what fits: encoder"),
         ("swin", {}, "2 stages"),
     ]
-    for name, fields, words in cases:
-        model = tiny.model(name)
-        before = toys.snapshot(model)
-        with pytest.raises(PetioleError, match=words) as caught:
-            pt.attach(model, pt.SHERL(**{"reduction_factor": 4, **fields}))
-        assert len(str(caught.value).splitlines()) <= 3
-        assert toys.snapshot(model) == before
+    assert_refused(pt.SHERL, cases)
     assert attached("bert", side_size=5, reduction_factor=3)[1].slots[0].delta.senses[0].W1.out_features == 5

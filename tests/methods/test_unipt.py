@@ -11,10 +11,9 @@ from torch import Tensor, nn
 import petiole as pt
 import tiny
 import toys
+from beside import assert_cached_alike, assert_cost_is_predicted, assert_no_graph_below, assert_refused, random
 from linears import set_
-from petiole import cost
-from petiole.cache import Cache
-from petiole.errors import AttachError, ConfigError, PetioleError
+from petiole.errors import AttachError, ConfigError
 from petiole.methods.side.unipt import Head, StageHead, interaction
 
 FAMILIES = ("t5", "bert", "vit", "llama", "resnet", "clip")
@@ -25,27 +24,11 @@ def attached(name: str, model: nn.Module | None = None, **fields: Any) -> tuple[
     return model, pt.attach(model, pt.UniPT(**{"reduction_factor": 4, **fields}), train_head=False)
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 # 1
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_backbone_gets_no_gradient_and_leaves_no_graph(name: str) -> None:
     model, tuned = attached(name, tiny.model(name))
-    before: list[int] = []
-    saved: list[Tensor] = []
-
-    def look(head: nn.Module, args: Any) -> None:
-        before.append(len(saved))
-        assert not any(h.requires_grad for h in (*args[0], args[2]))
-
-    tuned.slots[0].delta.register_forward_pre_hook(look)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        loss = toys.first(model.train()(**tiny.batch(name))).square().mean()
-    assert before == [0]
-    assert saved
-    loss.backward()
+    assert_no_graph_below(model, tuned.slots[0].delta, tiny.batch(name)).backward()
     trained = {id(p) for p in tuned.parameters()}
     assert all(p.grad is None for p in model.parameters() if id(p) not in trained)
 
@@ -160,17 +143,7 @@ def test_no_token_of_a_causal_stack_sees_a_later_one(name: str) -> None:
 def test_kept_states_give_the_same_gradients(name: str) -> None:
     model, batch = toys.model(name), tiny.batch(name)
     _, tuned = attached(name, model)
-    cache, found = Cache(model), []
-    for _ in range(2):
-        with cache.rows(range(tiny.BATCH)):
-            loss = model(**batch).loss
-        loss.backward()
-        found.append([loss, *(p.grad.clone() for p in tuned.parameters())])
-        for p in tuned.parameters():
-            p.grad = None
-    assert cache.hits == tiny.BATCH
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    assert_cached_alike(model, tuned, batch)
 
 
 # the forms
@@ -228,10 +201,7 @@ def test_projection_and_output_are_as_asked() -> None:
 @pytest.mark.parametrize("name", ["t5", "bert", "resnet"])
 def test_cost_is_predicted(name: str) -> None:
     model, tuned = attached(name)
-    batch = tiny.batch(name)
-    predicted, measured = cost.predict(model, batch), cost.measure(model, batch, repeats=1, warmup=0)
-    assert predicted.saved_bytes == measured.saved_bytes
-    assert predicted.parameters.trainable == tuned.trainable
+    assert_cost_is_predicted(model, tuned, tiny.batch(name))
 
 
 # refusals
@@ -254,13 +224,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("resnet", {"states": (0, 5)}, "number the 2 stages"),
         ("clip", {"out_size": 64}, "added to an embedding of width 16"),
     ]
-    for name, fields, words in cases:
-        model = tiny.model(name)
-        before = toys.snapshot(model)
-        with pytest.raises(PetioleError, match=words) as caught:
-            pt.attach(model, pt.UniPT(**{"reduction_factor": 4, **fields}))
-        assert len(str(caught.value).splitlines()) <= 3
-        assert toys.snapshot(model) == before
+    assert_refused(pt.UniPT, cases)
     with pytest.raises(AttachError, match="no multiple of the last, 3 x 3"):
         StageHead.cells(random(1, 2, 8, 8), random(1, 3, 3, 2))
     with pytest.raises(AttachError, match=r"\[5, 6\] tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def graded(case: Case, modules: dict[str, nn.Module], y: Tensor) -> None:
                 case.same(f"grad.{name}.{own}", gradient, TOLERANCE, beside=whole if hidden else None)
 
 
+def of_every_form(head: Any) -> dict[str, Any]:
+    """Modules by the reference's names, those that heads of states and of maps have alike."""
+    modules = {
+        "gate_layer": head.gate,
+        "projection_layer.0": head.projection[0],
+        "projection_layer.1": head.projection[1],
+    }
+    pairs = enumerate(zip(head.down, head.norms, strict=True))
+    return modules | {f"downsample_layers.{i}.{j}": pair[j] for i, pair in pairs for j in (0, 1)}
+
+
 def encoder(case: Case) -> None:
     H, size, out_size = case["in.hidden_states"], case.option("side_size"), case.option("out_size")
     assert H.shape == tuple(case.option(n) for n in ("num_states", "batch", "tokens", "hidden_size"))
@@ -47,16 +59,7 @@ def encoder(case: Case) -> None:
     head = Head([H.shape[-1]] * len(H), size, out_size)
     for norm in (*head.norms, head.projection[1]):
         norm.eps = case.option("ln_eps")
-    modules = {
-        "gate_layer": head.gate,
-        "projection_layer.0": head.projection[0],
-        "projection_layer.1": head.projection[1],
-    }
-    modules |= {
-        f"downsample_layers.{i}.{j}": pair[j]
-        for i, pair in enumerate(zip(head.down, head.norms, strict=True))
-        for j in (0, 1)
-    }
+    modules = of_every_form(head)
     modules["upsample_layer.1"] = head.up[-1]
     fill(case, modules)
     lengths = case.get("in.lengths")
@@ -102,16 +105,7 @@ def cnn(case: Case) -> None:
     for module in head.modules():
         if isinstance(module, BatchNorm):
             module.eps = case.option("bn_eps")
-    modules = {
-        "gate_layer": head.gate,
-        "projection_layer.0": head.projection[0],
-        "projection_layer.1": head.projection[1],
-    }
-    modules |= {
-        f"downsample_layers.{i}.{j}": pair[j]
-        for i, pair in enumerate(zip(head.down, head.norms, strict=True))
-        for j in (0, 1)
-    }
+    modules = of_every_form(head)
     modules |= {f"identity_layers.{i}.0": q for i, q in enumerate(head.identity)}
     modules["upsample_layer.1"] = head.up[-1]
     fill(case, modules)
