@@ -7,7 +7,7 @@ WORKERS ?= 2
 # All but `timm`: it brings torchvision, whose builds want CUDA and break `import transformers` beside a CPU torch.
 # Nor torchao, which makes every import of a Transformers model slower and noisy; its tests run where it is installed.
 # Nor ray, which takes 240 MB; its tests are skipped where it is not installed: `pip install -c constraints.txt -e .[ray]`.
-EXTRAS := demo,audio,peft,trl,diffusers,dev,docs
+EXTRAS := demo,audio,retrieval,peft,trl,diffusers,dev,docs
 
 # One thread a process: with several threads beside other work a step can be many times slower.
 export OMP_NUM_THREADS ?= 1

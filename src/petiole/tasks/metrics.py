@@ -1,7 +1,8 @@
 """Metrics: pure functions first, and a table of what each is called and which way is better.
 
-Three kinds, by what they are computed from: `logits` (one row of scores and one label for each example), `tokens` (the loss of every
-predicted token and whether it was right, see `token_scores`), and `texts` (generated and reference strings).
+Four kinds, by what they are computed from: `logits` (one row of scores and one label for each example), `tokens` (the loss of every
+predicted token and whether it was right, see `token_scores`), `texts` (generated and reference strings), and `rankings` (scores and
+judgements of documents by query, see `petiole.tasks.retrieval.metrics`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from petiole.errors import ConfigError, TrainingError, need
 
-Kind = Literal["logits", "tokens", "texts"]
+Kind = Literal["logits", "tokens", "texts", "rankings"]
 IGNORED = -100  # a label at which nothing is predicted: padding, a prompt
 
 
@@ -52,12 +53,19 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(
-    title: str, kind: Kind, *, higher_is_better: bool = True, lowest: float = 0.0, highest: float = 1.0
+    title: str,
+    kind: Kind,
+    *,
+    name: str | None = None,
+    higher_is_better: bool = True,
+    lowest: float = 0.0,
+    highest: float = 1.0,
 ) -> Callable[[Callable[..., float]], Callable[..., float]]:
-    """Enter a function into `METRICS` under its own name."""
+    """Enter a function into `METRICS` under its own name, or another."""
+    given = name
 
     def enter(function: Callable[..., float]) -> Callable[..., float]:
-        name = function.__name__
+        name = given or function.__name__
         if name in METRICS:
             raise ConfigError(f"two metrics are called {name!r}: rename one")
         METRICS[name] = Metric(name, title, higher_is_better, lowest, highest, kind, function)
