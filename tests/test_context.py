@@ -593,6 +593,47 @@ def test_what_was_computed_once_is_there_when_a_block_is_computed_again(reentran
         torch.testing.assert_close(one, other)
 
 
+class Made(HiddenDelta):
+    """h <- h + w, of a w for all sites that whoever comes first makes from the shared parameter."""
+
+    publishes = True
+    source: tuple[nn.Module, ...]
+
+    def forward(self, h: Tensor) -> Tensor:
+        linear = self.source[0]
+        return self.host.once("made", lambda: {"w": torch.tanh(linear.weight @ linear.bias)})["w"]
+
+
+class Maker(nn.Linear):
+    def initialise(self, generator: torch.Generator) -> None:
+        self.weight.normal_(generator=generator)
+        self.bias.normal_(generator=generator)
+
+
+def bound(self: Any, deltas: Any, shared: Any) -> None:
+    for delta in deltas.values():
+        delta.source = (shared,)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_what_was_computed_once_keeps_its_gradient(reentrant: bool | None) -> None:
+    """Made inside of the first block: checkpointing dropped what its graph had saved, and did not find it again."""
+    found = []
+    for again in (False, True):
+        model, batch = toys.model("bert"), tiny.batch("bert")
+        places = lambda a: [Place(site.at("output"), Made()) for site in a.sites(["attention", "ffn"])]  # noqa: E731
+        deltas = toys.method(places, shared=lambda self, a: Maker(32, 32), bind=bound)
+        tuned = pt.attach(model, deltas, train_head=False)
+        if again and reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.train()
+        model(**batch).loss.backward()
+        found.append([p.grad for p in tuned.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert float(other.abs().max()) > 0
+        torch.testing.assert_close(one, other)
+
+
 def test_compiled_code_runs_eagerly_inside_a_context() -> None:
     torch._dynamo.reset()
     model, batch, alone = three()

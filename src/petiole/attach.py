@@ -10,7 +10,7 @@ import hashlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -418,6 +418,7 @@ class Host:
         """What `make` gives, computed by whoever asks first in a forward pass; its recomputation finds it too.
 
         A value for each row of the batch is made for all of them; what is returned is that of the rows seen, as with `given`.
+        What has a gradient keeps it under checkpointing if the delta says `publishes`.
         """
         within = self.passing()
         if torch.compiler.is_compiling():
@@ -426,10 +427,13 @@ class Host:
             if name not in within.found:
                 within.found[name] = make()
             return within.found[name]
-        with context.seeing(None):
-            value = within.found[name] if within is not None and name in within.found else make()
-        if within is not None:
-            within.found[name] = value
+        if within is not None and name in within.found:
+            value = within.found[name]
+        else:
+            with context.seeing(None), context.kept_whole():
+                value = make()
+            if within is not None:
+                within.found[name] = value
         names = self.row_names()
         return value if names is None else context.of_rows_seen(value, len(names))
 
@@ -980,6 +984,27 @@ def detach(adaptation: Adaptation) -> None:
     if not host.adaptations:
         host.close()
     forget_compiled()
+
+
+def refitted(adaptation: Adaptation, methods: Sequence[Method], values: Mapping[str, Tensor]) -> Adaptation:
+    """The same change by other methods, IN PLACE: taken off, attached anew under its name, and filled.
+
+    Args:
+        values: of its tensors, by their names in `named_tensors`; those that are not among them stay as they were.
+
+    Raises:
+        AttachError: it is merged, or not attached.
+    """
+    if adaptation.merged:
+        raise AttachError(f"{adaptation.name!r} is merged; unmerge it first")
+    kept = {name: value.clone() for name, value in (adaptation.named_tensors(folded=False) | dict(values)).items()}
+    found, name, seed = adaptation.host.anatomy, adaptation.name, adaptation.seed
+    head = any(slot.number == HEAD for slot in adaptation.slots)
+    fresh = attach(adaptation.detach(), methods, name=name, seed=seed, train_head=head, found=found)
+    with torch.no_grad():
+        for key, tensor in fresh.named_tensors(folded=False).items():
+            tensor.copy_(kept[key])
+    return fresh
 
 
 def fill(tensor: Tensor, value: Tensor) -> None:

@@ -144,6 +144,11 @@ def of_rows_seen(value: Any, batch: int) -> Any:
     return value
 
 
+def kept_whole() -> Any:
+    """What autograd saves inside stays as it is: checkpointing around neither drops it, nor looks for it when it computes again."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+
+
 class Pass:
     """One forward pass as deltas see it: what the model was given, and what is computed once in it.
 

@@ -29,12 +29,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from petiole.adaptation import Adaptation
 from petiole.anatomy import Anatomy, Site, Stack
+from petiole.attach import refitted
 from petiole.errors import AttachError, ConfigError
 from petiole.method import Delta, Method, Place
 from petiole.methods.lowrank.factors import Factors
@@ -259,8 +259,6 @@ def keep_task(tuned: Adaptation, task: str) -> Adaptation:
     known = sorted({name for method in tuned.methods if isinstance(method, MTLoRA) for name in method.tasks})
     if task not in known:
         raise ConfigError(f"task = {task!r} is none of {', '.join(known) or 'this adaptation, which has no tasks'}")
-    if tuned.merged:
-        raise AttachError(f"{tuned.name!r} is merged; unmerge it first")
 
     def alone(method: Method) -> Method:
         if not isinstance(method, MTLoRA) or task not in method.tasks:
@@ -276,14 +274,4 @@ def keep_task(tuned: Adaptation, task: str) -> Adaptation:
         }
         return type(method)(**{**method.model_dump(), **fields, "tasks": (task,)})
 
-    methods = [alone(method) for method in tuned.methods]
-    values = {name: value.clone() for name, value in tuned.named_tensors(folded=False).items()}
-    found, name, seed = tuned.host.anatomy, tuned.name, tuned.seed
-    from petiole.attach import HEAD, attach
-
-    head = any(slot.number == HEAD for slot in tuned.slots)
-    kept = attach(tuned.detach(), methods, name=name, seed=seed, train_head=head, found=found)
-    with torch.no_grad():
-        for key, tensor in kept.named_tensors(folded=False).items():
-            tensor.copy_(values[key])
-    return kept
+    return refitted(tuned, [alone(method) for method in tuned.methods], {})
