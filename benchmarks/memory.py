@@ -1,7 +1,7 @@
 """Methods that save memory in the training step: bytes kept for backward and time of a step, over full fine-tuning's.
 
-LoRA, and PEFT's LoRA with and without gradient checkpointing, stand beside them; side networks also with the cache, from the second epoch
-on. One process, interleaved, one thread. `--plan` predicts the same bytes at the sizes of T5-base, T5-3B and Llama-7B instead.
+LoRA on q and v and on all linears, and PEFT's with and without gradient checkpointing, stand beside them; side networks also with the
+cache, from the second epoch on. One process, interleaved, one thread. `--plan` predicts the same bytes at the sizes of T5-base, T5-3B and Llama-7B instead.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from petiole.errors import PetioleError
 from petiole.method import find, registry
 
 SIDE = ("lst", "unipt", "sherl")
+ALL = ("q", "k", "v", "o", "up", "down")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
+    "lora, all linears": ("lora", {"roles": ALL}),
     "lst": ("lst", {"init": "random"}),
     "unipt": ("unipt", {"reduction_factor": 8}),
     "sherl": ("sherl", {"reduction_factor": 8}),
+    "hst": ("hst", {}),
     "meft1": ("meft", {"variant": 1}),
     "meft2": ("meft", {"variant": 2}),
     "meft3": ("meft", {"variant": 3}),
@@ -77,9 +80,13 @@ def candidates(
     make: Callable[..., tuple[nn.Module, dict[str, Tensor]]], seed: int
 ) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     bare, batch = make(seed=seed)
-    sites = [site.path for site in pt.anatomy(bare).sites(["q", "v"])]
     models: dict[str, nn.Module] = {"full": copy.deepcopy(bare)}
-    for name in ("peft lora", "peft lora, checkpointing"):
+    for name, roles in (
+        ("peft lora", ("q", "v")),
+        ("peft lora, all linears", ALL),
+        ("peft lora, all linears, checkpointing", ALL),
+    ):
+        sites = [site.path for site in pt.anatomy(bare).sites(roles)]
         model = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(r=8, lora_alpha=16, target_modules=sites))
         if name.endswith("checkpointing"):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
@@ -125,9 +132,14 @@ def measured(found: argparse.Namespace, figures: dict[str, Any]) -> None:
         for name in steps:
             middle, low, high = common.ratio(times, name, "full")
             own = saved[name.removesuffix(", cached")] / saved["full"]
-            lora = common.ratio(times, name, "lora")[0]
-            rows[name] = {"saved_over_full": own, "time_over_full": middle, "time_over_lora": lora}
-            print(f"{backbone:6}{name:28}{own:10.3f}{middle:10.3f} ({low:.3f}-{high:.3f}){lora:10.3f}", flush=True)
+            lora = common.ratio(times, name, "lora, all linears")[0]
+            rows[name] = {
+                "saved_over_full": own,
+                "time_over_full": middle,
+                "quartiles": [low, high],
+                "time_over_lora": lora,
+            }
+            print(f"{backbone:6}{name:40}{own:10.3f}{middle:10.3f} ({low:.3f}-{high:.3f}){lora:10.3f}", flush=True)
         figures[backbone] = rows
 
 
@@ -162,7 +174,7 @@ def main() -> None:
         planned(found, figures)
     else:
         print(
-            f"{'':6}{'method':28}{'saved':>10}{'time':>10}   over full fine-tuning's; last: time over LoRA's",
+            f"{'':6}{'method':40}{'saved':>10}{'time':>10}   over full fine-tuning's; last: time over LoRA's on all linears",
             flush=True,
         )
         measured(found, figures)
