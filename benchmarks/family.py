@@ -1,8 +1,9 @@
 """A family of methods on real tasks: each at its own default and at one budget of trained parameters, peers of other libraries beside them.
 
-One recipe for all: the learning rate is searched on validation with one seed, three points of the method's own range (once for a backbone,
-where a setting says so); then every seed is trained with the best and scored on test. What is done is kept in one file of lines, and the
-same command goes on after it was stopped.
+One recipe for all: the learning rate is searched on validation with one seed, three points of the method's own range, and lower ones while
+the lowest is the best: too high a rate breaks a training, too low a one only slows it (once for a backbone, where a setting says so); then
+every seed is trained with the best and scored on test. What is done is kept in one file of lines, and the same command goes on after it was
+stopped.
 """
 
 from __future__ import annotations
@@ -66,8 +67,16 @@ class Entry:
     @property
     def grid(self) -> list[float]:
         """Three learning rates that cut the range into quarters on a logarithmic scale."""
+        return self._cut(1, 2, 3)
+
+    @property
+    def lower(self) -> list[float]:
+        """The next two below the grid."""
+        return self._cut(0, -1)
+
+    def _cut(self, *quarters: int) -> list[float]:
         low, high = self.rates
-        return [float(f"{low * (high / low) ** share:.2g}") for share in (1 / 4, 1 / 2, 3 / 4)]
+        return [float(f"{low * (high / low) ** (quarter / 4):.2g}") for quarter in quarters]
 
 
 def own(method: pt.Method | Callable[[int], pt.Method], label: str = "", budget: str = OWN, **options: Any) -> Entry:
@@ -308,14 +317,26 @@ def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
     """The learning rate that scores best on validation; None where none could be trained."""
     for rate in entry.grid:
         lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
+    for rate in entry.lower:
+        if chosen(entry, lines) == min(tried(entry, lines), default=None):
+            lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
     return chosen(entry, lines)
+
+
+def tried(entry: Entry, lines: Lines) -> dict[float, float]:
+    """Scores on validation by learning rate."""
+    mark = f"{entry.key} | lr "
+    return {
+        line["learning_rate"]: line["score"]
+        for key, line in lines.known.items()
+        if key.startswith(mark) and "score" in line
+    }
 
 
 def chosen(entry: Entry, lines: Lines) -> float | None:
     """The best of the learning rates that were tried; None where none could be trained."""
-    tried = [(lines.known.get(f"{entry.key} | lr {rate:g}", {}), rate) for rate in entry.grid]
-    scored = [(line["score"], rate) for line, rate in tried if "score" in line]
-    return max(scored)[1] if scored else None
+    scores = tried(entry, lines)
+    return max(scores, key=lambda rate: (scores[rate], rate)) if scores else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------- report

@@ -1,7 +1,8 @@
 """Methods that save memory in the training step: bytes kept for backward and time of a step, over full fine-tuning's.
 
 LoRA on q and v and on all linears, and PEFT's with and without gradient checkpointing, stand beside them; side networks also with the
-cache, from the second epoch on. One process, interleaved, one thread. `--plan` predicts the same bytes at the sizes of T5-base, T5-3B and Llama-7B instead.
+cache, from the second epoch on. One process, interleaved, one thread. `--plan` predicts the same bytes at the sizes of T5-base, T5-3B and
+Llama-7B instead.
 """
 
 from __future__ import annotations
