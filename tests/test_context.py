@@ -691,7 +691,7 @@ def test_composed_weights_are_composed_under_compiled_code_too() -> None:
     torch._dynamo.reset()
     model, batch = toys.model("torch_encoder"), tiny.batch("torch_encoder")
     bare = output(model, batch)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(output(compiled, batch), bare)
     tuned = pt.attach(model, toys.method(on(["q"], Dense)))
     attached = output(model, batch)

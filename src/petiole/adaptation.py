@@ -96,6 +96,11 @@ class Adaptation:
         """The trainable parameters, each once."""
         return (parameter for _, parameter in self.named_parameters() if parameter.requires_grad)
 
+    def freeze(self) -> None:
+        """Nothing of it trains any more; it may act below another that does."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
     @property
     def trainable(self) -> int:
         """How many numbers train, the task head included."""

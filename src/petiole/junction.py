@@ -643,6 +643,9 @@ class ParameterJunction(Junction):
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         slots = [slot for slot, _ in self.slots if isinstance(slot, ParameterSlot) and slot.acts()]
+        if torch.compiler.is_compiling():  # compiled code hands the sum on, and no thread sees it in the module
+            self.compose(slots)
+            return None
         self.lock.acquire()
         try:
             self.compose(slots)
@@ -667,7 +670,8 @@ class ParameterJunction(Junction):
 
     def after(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         """Forward hook, called even when the forward fails."""
-        if not self.lock.held():
+        compiling = torch.compiler.is_compiling()
+        if not (compiling or self.lock.held()):
             return output
         for slot, _ in self.slots:
             owner = slot.host.module(slot.site.path)
@@ -677,7 +681,8 @@ class ParameterJunction(Junction):
                     owner.__dict__[name] = aside[name]
                 else:
                     owner.__dict__.pop(name, None)
-        self.lock.release()
+        if not compiling:
+            self.lock.release()
         return output
 
 

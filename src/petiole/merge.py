@@ -172,7 +172,9 @@ def unmerge(adaptation: Adaptation) -> None:
     if not adaptation.merged:
         raise AttachError(f"{adaptation.name!r} is not merged")
     host = adaptation.host
-    at = next(i for i, (merged, _) in enumerate(host.merges) if merged is adaptation)
+    at = next((i for i, (merged, _) in enumerate(host.merges) if merged is adaptation), None)
+    if at is None:
+        raise AttachError(f"{adaptation.name!r} is part of the weights for as long as a `with` lasts; leave that")
     for later, tensors in host.merges[at + 1 :]:
         if tensors & set(adaptation._kept):
             how = "unmerge that first" if later.merged and later.name in host.adaptations else "and kept for good"

@@ -239,3 +239,20 @@ def test_parameter_groups_are_split_by_decay_and_nothing_is_left_out() -> None:
     assert {id(p) for g in found for p in g["params"]} == {id(p) for p in tuned.parameters()}
     vectors = next(g for g in found if g["weight_decay"] == 0)
     assert all(p.ndim == 1 for p in vectors["params"])  # gains at 1 would decay to 0
+
+
+def test_what_acts_frozen_below_need_not_move(tmp_path: Path) -> None:
+    model = bert()
+    below = pt.attach(model, pt.PfeifferAdapter(bottleneck=2, init="bert"), name="below", train_head=False)
+    above = pt.attach(model, pt.LoRA(rank=2), name="above")
+    below.freeze()
+    assert below.trainable == 0
+    pt.activate(model, "below", "above")
+    before = [p.detach().clone() for _, p in below.named_parameters()]
+    start = [p.detach().clone() for p in above.parameters()]
+    trainer(tmp_path, model).train()
+    assert all(torch.equal(p, old) for (_, p), old in zip(below.named_parameters(), before, strict=True))
+    assert not all(torch.equal(p, old) for p, old in zip(above.parameters(), start, strict=True))
+    above.detach()
+    with pytest.raises(TrainingError, match="nothing trains"):
+        Events(model)

@@ -165,7 +165,7 @@ class Events:
         self.fire("before_step")
         self.host.owes_terms, self.averaged_late, self.loss = self.has_terms, not self.late, None
         if self.prove and self.proofs is None:
-            self.proofs = [Proof(adaptation) for adaptation in self.adaptations]
+            self.proofs = [Proof(adaptation) for adaptation in self.adaptations if adaptation.trainable]
 
     def saw_loss(self, loss: Tensor) -> None:
         """The model returned a loss; a trainer may hide it, and what is not finite in it, from its log."""
