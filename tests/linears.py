@@ -140,6 +140,8 @@ class Case:
         wanted = self.tensors[name]
         self._uncompared.discard(name)
         assert found.shape == wanted.shape, f"{name}: {tuple(found.shape)}, not {tuple(wanted.shape)}"
+        if not wanted.numel():
+            return
         size = max(float((wanted if beside is None else beside).abs().max()), 1e-12)
         error = float((found.detach().to(wanted.dtype) - wanted).abs().max()) / size
         self.worst = max(self.worst, error)

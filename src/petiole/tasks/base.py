@@ -65,6 +65,7 @@ class Task(ABC):
     metric_names: ClassVar[tuple[str, ...]]
     usual_metric: ClassVar[str]
     drops_empty_text: ClassVar[bool] = False
+    by_name_only: ClassVar[bool] = False  # never taken by task="auto"
 
     def __init_subclass__(cls) -> None:
         name = cls.__dict__.get("name")

@@ -189,7 +189,7 @@ def choose(raw: Raw, task: str, given: Mapping[str, str]) -> tuple[type[Task], d
     else:
         fits = []
         for kind in tasks.values():
-            if set(given) <= {column.key for column in kind.columns}:
+            if not kind.by_name_only and set(given) <= {column.key for column in kind.columns}:
                 found = kind.guess(train.dataset, given)
                 if not _lacking(kind, found):
                     fits.append((kind.specificity(), kind, found))

@@ -1,0 +1,1 @@
+"""Which entries of the backbone's own tensors train, and nothing else."""
