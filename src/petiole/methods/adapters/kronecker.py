@@ -23,9 +23,8 @@ def product(x: Tensor, A: Matrices, B: Matrices) -> Tensor:
     Where one of the two has factors, the other acts between them, where the state is narrow.
     """
     X = x.unflatten(-1, (sizes(A)[0], sizes(B)[0]))
-    if isinstance(A, tuple) and not isinstance(
-        B, tuple
-    ):  # Σ A_i ⊗ B_i of X is Σ B_i ⊗ A_i of its transpose, transposed
+    if isinstance(A, tuple) and isinstance(B, Tensor):
+        # Σ A_i ⊗ B_i of X is Σ B_i ⊗ A_i of its transpose, transposed.
         return _product(X.mT, B, A).mT.flatten(-2)
     return _product(X, whole(A), B).flatten(-2)
 

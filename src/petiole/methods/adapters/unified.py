@@ -29,7 +29,6 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator
 
 from petiole.anatomy import Anatomy
-from petiole.errors import ConfigError
 from petiole.method import Config, Delta, Layers, Method, Place, WeightDelta, layers_field, stack_field
 from petiole.methods.adapters.bottleneck import Activation, Init, Insertion, NormAt, inserted
 from petiole.methods.adapters.composed import Composed
@@ -225,61 +224,6 @@ class Adapters(Method):
         )
 
 
-class UnifiedView(Composed):
-    """Change what attentions and ffns give, in any of the forms that the paper spans."""
-
-    slug: ClassVar[str] = "unified-view"
-    title: ClassVar[str] = "Towards a Unified View of Parameter-Efficient Transfer Learning"
-    paper: ClassVar[str] = "2110.04366"
-    saves: ClassVar[str] = "optimiser state and checkpoint"
-
-    attention: AttentionSite = Field(AttentionSite(), description="What changes at every attention, self and cross.")
-    ffn: FFNSite = Field(FFNSite(), description="What changes at every ffn.")
-    extra: Literal["none", "bitfit", "prompt_tuning"] = Field(
-        "none", description="The backbone's biases train too, or learned tokens stand before the text."
-    )
-    length: int = Field(30, ge=1, description="Tokens of `extra='prompt_tuning'`.")
-    layers: Layers = layers_field()
-    stack: str | None = stack_field()
-
-    @field_validator("extra")
-    @classmethod
-    def changes_something(cls, extra: str, info: ValidationInfo) -> str:
-        sites = [info.data[name] for name in ("attention", "ffn") if name in info.data]
-        if extra == "none" and sites and all(site.form == "none" for site in sites):
-            raise ValueError("nothing would change: attention, ffn and extra are all none")
-        return extra
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """A point of the paper's: what it reports on BART-large, where it reports it.
-
-        Args:
-            name: a key of `PRESETS`. changes: of its fields.
-
-        Raises:
-            ConfigError: no preset is called so, or a field has a value out of its range.
-        """
-        if name not in PRESETS:
-            raise ConfigError(f"no preset is called {name!r}: {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
-
-    def parts(self) -> Sequence[Method]:
-        extra: dict[str, Method] = {
-            "bitfit": BitFit(),
-            "prompt_tuning": PromptTuning(length=self.length, init="normal", stack=self.stack),
-        }
-        sites = [site.part(self.layers, self.stack) for site in (self.attention, self.ffn)]
-        return [part for part in (*sites, extra.get(self.extra)) if part is not None]
-
-    def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
-        why = "an adapter or a prefix is not a change of a weight"
-        return {key: why for key, delta in deltas.items() if not isinstance(delta, WeightDelta)}
-
-    def folded(self) -> Self:
-        return self.model_copy(update={"attention": self.attention.model_copy(update={"reparametrisation": "none"})})
-
-
 _NOTHING = {"form": "none"}
 _PREFIX = {"form": "prefix", "bottleneck": 30}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -311,3 +255,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn": {"form": "adapter", "bottleneck": 512, "scale": 1.0, "init": "bert"},
     },
 }
+
+
+class UnifiedView(Composed):
+    """Change what attentions and ffns give, in any of the forms that the paper spans."""
+
+    slug: ClassVar[str] = "unified-view"
+    title: ClassVar[str] = "Towards a Unified View of Parameter-Efficient Transfer Learning"
+    paper: ClassVar[str] = "2110.04366"
+    saves: ClassVar[str] = "optimiser state and checkpoint"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS  # what it reports on BART-large, where it reports it
+
+    attention: AttentionSite = Field(AttentionSite(), description="What changes at every attention, self and cross.")
+    ffn: FFNSite = Field(FFNSite(), description="What changes at every ffn.")
+    extra: Literal["none", "bitfit", "prompt_tuning"] = Field(
+        "none", description="The backbone's biases train too, or learned tokens stand before the text."
+    )
+    length: int = Field(30, ge=1, description="Tokens of `extra='prompt_tuning'`.")
+    layers: Layers = layers_field()
+    stack: str | None = stack_field()
+
+    @field_validator("extra")
+    @classmethod
+    def changes_something(cls, extra: str, info: ValidationInfo) -> str:
+        sites = [info.data[name] for name in ("attention", "ffn") if name in info.data]
+        if extra == "none" and sites and all(site.form == "none" for site in sites):
+            raise ValueError("nothing would change: attention, ffn and extra are all none")
+        return extra
+
+    def parts(self) -> Sequence[Method]:
+        extra: dict[str, Method] = {
+            "bitfit": BitFit(),
+            "prompt_tuning": PromptTuning(length=self.length, init="normal", stack=self.stack),
+        }
+        sites = [site.part(self.layers, self.stack) for site in (self.attention, self.ffn)]
+        return [part for part in (*sites, extra.get(self.extra)) if part is not None]
+
+    def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
+        why = "an adapter or a prefix is not a change of a weight"
+        return {key: why for key, delta in deltas.items() if not isinstance(delta, WeightDelta)}
+
+    def folded(self) -> Self:
+        return self.model_copy(update={"attention": self.attention.model_copy(update={"reparametrisation": "none"})})
