@@ -162,7 +162,7 @@ def cuts(host: Host) -> list[Cut]:
                 sides.setdefault(site.stack, set()).update(number - 1 for number in slot.reads)
                 if site.side == "input" and site.depth < lowest.get(site.stack, (10**9, ""))[0]:
                     lowest[site.stack] = (site.depth, site.key)
-            elif not site.stack and site.role not in ("head", "lm_head", "pooler", "norm"):
+            elif not site.stack and (site.role not in ("head", "lm_head", "pooler", "norm") or enters(host, site.path)):
                 outside = site.key
             elif site.stack:
                 for each in (site, slot.place.read):
@@ -196,9 +196,16 @@ def cuts(host: Host) -> list[Cut]:
     return found
 
 
+def enters(host: Host, path: str) -> bool:
+    """Whether a task's own module stands before the stacks."""
+    return path in getattr(host.model, "trained_entries", ())
+
+
 def after_stacks(host: Host, name: str) -> bool:
     """Whether a parameter outside the stacks acts after them: heads, poolers and final norms do."""
-    later = [site.path for site in host.anatomy.outside if site.role in ("head", "lm_head", "pooler")]
+    later = [
+        s.path for s in host.anatomy.outside if s.role in ("head", "lm_head", "pooler") and not enters(host, s.path)
+    ]
     last_norms = [site.path for site in host.anatomy.outside if site.role == "norm" and "emb" not in site.path]
     return any(name.startswith(f"{path}.") for path in (*later, *last_norms))
 

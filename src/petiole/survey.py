@@ -486,6 +486,7 @@ class Outside:
     def heads(self) -> list[str]:
         """Paths of the task's own layers: what the model adds to its base model, else what is named so."""
         by_hand = [path for path, _ in modules(self.model) if path and self.told(path) == "head"]
+        by_hand += getattr(self.model, "trained_entries", ())  # of a model that has parts of its own before its stacks
         if by_hand:
             return by_hand
         base = getattr(self.model, "base_model_prefix", "")

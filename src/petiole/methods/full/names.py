@@ -26,7 +26,10 @@ def biases(anatomy: Anatomy, model: nn.Module) -> Iterator[str]:
 
 def norms(anatomy: Anatomy, model: nn.Module) -> Iterator[str]:
     """Weight and bias of every normalisation layer: a module that holds vectors only and is called a norm."""
+    heads = tuple(f"{site.path}." for site in anatomy.heads())
     for path, module in model.named_modules():
+        if f"{path}.".startswith(heads):
+            continue
         own = list(module.named_parameters(recurse=False))
         called = f"{type(module).__name__} {path.rpartition('.')[2]}".lower()
         norm = own and all(p.ndim == 1 for _, p in own) and not hasattr(module, "in_features")
