@@ -380,6 +380,42 @@ def test_adapters_are_written_once(reentrant: bool | None, monkeypatch: pytest.M
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------------------------ every form
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_form_trains_and_is_saved(name: str, family: str, tmp_path: Path) -> None:
+    model, tuned = attached(METHODS[name], family)
+    batch = tiny.batch(family)
+    with pt.given(model, task="nlvr"):
+        tuned.check(batch)
+    again = toys.model(family)
+    pt.load(again, tuned.save(tmp_path / "x.safetensors"))
+    for task in TASKS:
+        assert torch.equal(of(again, task, batch), of(model, task, batch))
+    tuned.detach()
+    with torch.no_grad():
+        assert torch.equal(toys.output(model, batch), toys.output(toys.model(family), batch))
+
+
+def test_the_visual_embedding_trains_along() -> None:
+    """In one pass over rows of two tasks; then a task's own adapters, and the embedding, serve by themselves."""
+    model = VisionLanguageModel(with_visual_tokens(toys.model("bart"), 4), 6, visual_tokens=4).eval()
+    tuned = pt.attach(model, METHODS["half_shared_up"])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 1, 4, 6, generator=generator)
+    batch = {**tiny.batch("bart"), "image_features": images, "image_boxes": torch.rand(4, 4, generator=generator)}
+    backward(model, ["vqa", "caption"], batch)
+    (head,) = (slot.delta for slot in tuned.slots if slot.number < 0)
+    assert all(float(p.grad.abs().max()) > 0 for p in head.parameters() if p.numel() > 2 * 32)
+    toys.shake(tuned)
+    model.eval()
+    expected = of(model, "vqa", batch)
+    materialise(tuned, "vqa")
+    torch.testing.assert_close(toys.output(model, batch), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------- rows of tasks
 
 

@@ -43,7 +43,7 @@ class PHMFields(Config):
     phm_init: float = Field(0.01, gt=0, description="Standard deviation of A (of its factors) at start.")
 
 
-class Compacter(SharedAdapters, PHMFields):
+class Compacter(PHMFields, SharedAdapters):
     """Adapters of few parameters: small matrices, put together by Kronecker products."""
 
     slug: ClassVar[str] = "compacter"

@@ -66,7 +66,7 @@ class Group:
     bottleneck: int
 
 
-class Hyperformer(TaskAdapters, HypernetworkFields):
+class Hyperformer(HypernetworkFields, TaskAdapters):
     """Adapters of all tasks and layers from one small network."""
 
     slug: ClassVar[str] = "hyperformer"

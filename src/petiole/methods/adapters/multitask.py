@@ -26,6 +26,9 @@ from petiole.methods.full.names import norms
 from petiole.methods.lowrank.factors import kaiming_uniform
 
 Sharing = Literal["multiple", "half_down", "half_up", "single"]
+SHARING = (
+    "Which halves of an adapter all tasks share: none (multiple), W_down (half_down), W_up (half_up), both (single)."
+)
 Half = Callable[
     [int, int], nn.Module
 ]  # of in and out: x (..., in) -> (..., out), with a `weight` (out, in) and a `bias` (out,)
@@ -75,7 +78,7 @@ class TaskAdapters(Method):
 class SharedAdapters(TaskAdapters):
     """Adapters whose halves are shared by the tasks, or not."""
 
-    sharing: Sharing = Field("single", description="Which halves of an adapter all tasks share; see the table above.")
+    sharing: Sharing = Field("single", description=SHARING)
 
     def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
         for site, bottleneck in self.places(anatomy):

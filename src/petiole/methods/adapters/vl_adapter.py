@@ -1,13 +1,13 @@
 """VL-Adapter: adapters for several vision-and-language tasks on one language model.  Sung et al. 2021, arXiv 2112.06825.
 
-    adapter        h <- h + W_up φ( W_down h + b_down ) + b_up     halves shared by the tasks as `sharing` says: multiple, half_down,
-                                                                   half_up, single
+    adapter        h <- h + W_up φ( W_down h + b_down ) + b_up     both halves of each task's own, or one of them shared, or both
     compacter      the same, with matrices of Kronecker products   `compacter`
     hyperformer    the same, with weights that a network writes    `hyperformer`
     lora, prompt   what they are compared with                     q and v of every attention, and all biases; vectors before the encoder
 
 h is the output of an attention (self or cross) or of an ffn, before dropout, residual and norm; φ is GELU by tanh, r = d / ρ. A batch is of
 one task, `with pt.given(model, task="vqa")`, or each row is of its own, `task=["vqa", "gqa", …]`; where all is shared none has to be given.
+Over several processes a step is of the same task in all of them.
 
 Sits     at 12 + 18 places of BART-base: after self-attention and ffn, and cross-attention in the decoder.
 Trains   2 d r + r + d numbers per site, of each task or shared; all norms with adapters, all biases with LoRA; and what the model has of
@@ -33,11 +33,11 @@ from pydantic import Field, model_validator
 from petiole.adaptation import Adaptation
 from petiole.attach import refitted
 from petiole.errors import ConfigError
-from petiole.method import Delta, Method
+from petiole.method import Config, Delta, Method
 from petiole.methods.adapters.compacter import Compacter, PHMFields
 from petiole.methods.adapters.composed import Composed
 from petiole.methods.adapters.hyperformer import Hyperformer, HypernetworkFields
-from petiole.methods.adapters.multitask import SharedAdapters, Sharing, TaskAdapters
+from petiole.methods.adapters.multitask import SHARING, SharedAdapters, Sharing, TaskAdapters
 from petiole.methods.adapters.task_baselines import LoRAFields, PromptFields, TaskLoRA, TaskPrompt
 
 Form = Literal["adapter", "hyperformer", "compacter", "lora", "prompt"]
@@ -50,7 +50,16 @@ FORMS: dict[str, type[Method]] = {
 }
 
 
-class VLAdapter(Composed, TaskAdapters, HypernetworkFields, PHMFields, LoRAFields, PromptFields):
+class FormFields(Config):
+    """Which form, and what its tasks share."""
+
+    form: Form = Field("adapter", description="What a task's change is; the other fields are of one form or another.")
+    sharing: Sharing | None = Field(
+        None, description=f"{SHARING} LoRA and prompts are single or multiple. None is single."
+    )
+
+
+class VLAdapter(PromptFields, LoRAFields, PHMFields, HypernetworkFields, Composed, TaskAdapters, FormFields):
     """Adapters of several tasks, in every way of sharing them."""
 
     slug: ClassVar[str] = "vl-adapter"
@@ -69,13 +78,6 @@ class VLAdapter(Composed, TaskAdapters, HypernetworkFields, PHMFields, LoRAField
         "single_prompt": {"form": "prompt"},
         "multiple_prompt": {"form": "prompt", "sharing": "multiple"},
     }
-
-    form: Form = Field("adapter", description="What a task's change is; the other fields are of one form or another.")
-    sharing: Sharing | None = Field(
-        None,
-        description="Which halves of an adapter all tasks share, see the table above; LoRA and prompts are single or multiple. None is "
-        "single; hyperformer has a way of its own.",
-    )
 
     @model_validator(mode="after")
     def of_its_form(self) -> Self:
