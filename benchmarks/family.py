@@ -50,6 +50,7 @@ class Entry:
         about: the configuration, in words.
         around: entered around training and scoring, for methods that need a value for each pass.
         lean: what is put instead where bytes are measured: the same numbers, not made faster by memory. `put` if None.
+        evaluations: how often every seed is scored on validation on its way.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Entry:
     about: str = ""
     around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
     lean: Callable[[nn.Module, int], pt.Adaptation | nn.Module] | None = None
+    evaluations: int = 0
 
     @property
     def key(self) -> str:
@@ -164,6 +166,7 @@ class Setting:
     Attributes:
         data: as `load_data` takes it. limit: rows of each split at most.
         rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
+        options: of the task.
     """
 
     name: str
@@ -174,10 +177,13 @@ class Setting:
     limit: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 16
     rates: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def task(self) -> Task:
-        return prepare(load_data(self.data, limit=dict(self.limit) or None, test_fraction=0.2), self.model)
+        return prepare(
+            load_data(self.data, limit=dict(self.limit) or None, test_fraction=0.2), self.model, **self.options
+        )
 
     @cached_property
     def backbones(self) -> dict[int, nn.Module]:
@@ -202,16 +208,20 @@ def run(setting: Setting, entry: Entry, learning_rate: float, seed: int, split: 
         torch.manual_seed(seed)  # of all new parameters
         made = entry.put(model, setting.steps)
     model = made.model if isinstance(made, pt.Adaptation) else made
+    curve: list[list[float]] = []
     start = time.perf_counter()
     with entry.around(model):
         if isinstance(made, pt.Adaptation):
-            train(made, setting.task, recipe, learning_rate=learning_rate, seed=seed)
+            evaluations = entry.evaluations if split == "test" else 0
+            course = train(made, setting.task, recipe, learning_rate=learning_rate, seed=seed, evaluations=evaluations)
+            curve = course.scores
         else:
             by_transformers(model, setting.task, recipe, learning_rate, seed)
         seconds = time.perf_counter() - start
         score = measured(setting.task.evaluate(model, split, batch_size=64), split)[setting.task.main_metric]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"score": score, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
+    found = {"score": score, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
+    return {**found, "curve": curve} if curve else found
 
 
 def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate: float, seed: int) -> None:
@@ -225,10 +235,18 @@ def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate:
         trainer.train()
 
 
+def ready(setting: Setting, entry: Entry) -> tuple[nn.Module, pt.Adaptation | nn.Module]:
+    """A model to measure, as it is when training begins, and what was put on it."""
+    made = (entry.lean or entry.put)(setting.backbone(0), setting.steps)
+    if isinstance(made, pt.Adaptation):
+        made.calibrate([setting.batch()])
+        return made.model.train(), made
+    return made.train(), made
+
+
 def cost(setting: Setting, entry: Entry) -> Line:
     """What is kept for a backward pass, and what a file takes. Times are taken by `steps`, all rows in turn."""
-    made = (entry.lean or entry.put)(setting.backbone(0), setting.steps)
-    model = made.model if isinstance(made, pt.Adaptation) else made
+    model, made = ready(setting, entry)
     heads = [site.path for site in pt.anatomy(setting.backbone(0)).heads()]
     with entry.around(model):
         found = measure(model, setting.batch(), repeats=1, warmup=0)
@@ -248,8 +266,7 @@ def steps(setting: Setting, entries: Sequence[Entry], repeats: int) -> dict[str,
     candidates: dict[str, Callable[[], None]] = {}
     batch = setting.batch()
     for entry in entries:
-        made = (entry.lean or entry.put)(setting.backbone(0), setting.steps)
-        model = (made.model if isinstance(made, pt.Adaptation) else made).train()
+        model, _ = ready(setting, entry)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
         def step(model: nn.Module = model, optimizer: Any = optimizer, entry: Entry = entry) -> None:

@@ -1,0 +1,223 @@
+"""What saving costs in score: methods that cut memory and compute beside full fine-tuning and LoRA, on real tasks.
+
+MiniLM on TREC-6 and SST-2, the shipped ViT on digits, a small T5 on a text-to-text task. For every method its score on test, the bytes kept
+for backward, and how long it takes to 95 % of full fine-tuning's score on validation: steps until then, times the time of a step, which
+`--time` measures by itself. `--report` writes the table and the Pareto fronts from what was run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import family
+from family import Entry, Line, Lines, Setting, own
+from small_t5 import small_t5
+
+import petiole as pt
+from petiole.errors import PetioleError
+from petiole.method import find
+
+CLOSE = 0.95  # of full fine-tuning's score
+EVALUATIONS = 12
+ALL = ("q", "k", "v", "o", "up", "down")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "savings.md"
+BEGIN, END = "<!-- pareto -->\n", "<!-- /pareto -->"
+
+
+def settings(data: Path, output: Path, only: str) -> list[Setting]:
+    text, rows = data / "text", {"validation": 200, "test": 600}
+    found = [
+        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 180, rows),
+        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, {"train": 4000, **rows}, rates="trec6"),
+        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 120),
+    ]  # fmt: skip
+    if not only or "t5" in only.split(","):
+        model, sentences = small_t5(output)
+        scored = {"main_metric": "token_accuracy", "generate": False}
+        found.append(Setting("t5", "small T5, two languages into one", str(model), str(sentences), 240, options=scored))
+    return [setting for setting in found if not only or setting.name in only.split(",")]
+
+
+def rows_of(setting: Setting) -> Iterator[Entry]:
+    """Those methods that have a place on the backbone."""
+    vision, text = setting.name == "digits", setting.name != "digits"
+    methods: dict[str, pt.Method] = {
+        "full": pt.FullFineTuning(),
+        "linear-probe": pt.LinearProbe(),
+        "lora": pt.LoRA(),
+        "lora, all linears": pt.LoRA(roles=ALL),
+        "lst": find("lst")(),
+        "unipt": find("unipt")(),
+        "sherl": find("sherl")(),
+        "meft": find("meft")(),
+        "meft, variant 3": find("meft")(variant=3),
+    }
+    if vision:
+        methods |= {"hst": find("hst")(), "pyra": find("pyra")(schedule="low")}
+    if text:
+        methods |= {"apt": find("apt")(), "prompt-tuning": pt.PromptTuning(length=20), "dept": find("dept")()}
+    for label, method in methods.items():
+        try:
+            pt.attach(setting.task.empty_model(), method)
+        except PetioleError as error:
+            print(f"{setting.name}: {label} left out: {' '.join(str(error).split())[:140]}", flush=True)
+            continue
+        yield replace(own(method, label), evaluations=EVALUATIONS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- report
+
+
+def arrival(lines: Lines, entry: Entry, goal: float) -> float | None:
+    """Steps until the mean validation score of all seeds has reached a goal; None if it never has."""
+    curves = [
+        line["curve"] for key, line in lines.known.items() if key.startswith(f"{entry.key} | seed") and "curve" in line
+    ]
+    for points in zip(*curves, strict=True):
+        if statistics.mean(score for _, score in points) >= goal:
+            return float(points[0][0])
+    return None
+
+
+def final(lines: Lines, entry: Entry) -> float:
+    """Validation score at the end, mean over seeds."""
+    return statistics.mean(
+        line["curve"][-1][1]
+        for key, line in lines.known.items()
+        if key.startswith(f"{entry.key} | seed") and "curve" in line
+    )
+
+
+def collected(setting: Setting, output: Path) -> list[Line]:
+    """Rows of one setting: score, bytes over full fine-tuning's, time to `CLOSE` of its score over its own time to there."""
+    lines = Lines(output, setting.name)
+    entries = list(rows_of(setting))
+    times: Mapping[str, float] = json.loads((output / f"{setting.name}-times.json").read_text())
+    full = entries[0]
+    goal = CLOSE * final(lines, full)
+    saved, base = family.summary(full, lines)["saved"], arrival(lines, full, goal)
+    found = []
+    for entry in entries:
+        line = family.summary(entry, lines)
+        steps = arrival(lines, entry, goal)
+        line["kept"] = line["saved"] / saved if line["saved"] is not None else None
+        line["steps"] = steps
+        line["arrival"] = steps * times[entry.key] / (base * times[full.key]) if steps and base else None
+        found.append(line)
+    return found
+
+
+def front(rows: Sequence[Line], cost: str) -> list[Line]:
+    """Rows that no other equals in score at the same cost or less, cheapest first."""
+    found: list[Line] = []
+    for line in sorted(
+        (r for r in rows if r[cost] is not None and r["mean"] is not None), key=lambda r: (r[cost], -r["mean"])
+    ):
+        if not found or line["mean"] > found[-1]["mean"]:
+            found.append(line)
+    return found
+
+
+def table(chosen: Sequence[Setting], found: Sequence[Sequence[Line]]) -> str:
+    from petiole.compare.table import score
+
+    names = list(dict.fromkeys(line["label"] for rows in found for line in rows))
+    head = "| method | " + " | ".join(f"{s.title}: score | kept | to {CLOSE:.0%}" for s in chosen) + " |"
+    text = [head, "|---|" + "--:|--:|--:|" * len(chosen)]
+    for name in names:
+        cells = []
+        for rows in found:
+            line = next((r for r in rows if r["label"] == name), None)
+            if line is None or line["mean"] is None:
+                cells += ["–", "–", "–"]
+                continue
+            marks = ["●" if line in front(rows, cost) else "" for cost in ("kept", "arrival")]
+            cells += [score(line["mean"], line["sd"], percent=True)]
+            cells += [f"{line['kept']:.2f} {marks[0]}".strip()]
+            cells += [f"{line['arrival']:.2f} {marks[1]}".strip() if line["arrival"] is not None else "never"]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def picture(chosen: Sequence[Setting], found: Sequence[Sequence[Line]], path: Path) -> None:
+    """A column for each setting: score against bytes above, against time below; the front as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes_of = (
+        ("kept", "bytes kept for backward / full fine-tuning's"),
+        ("arrival", f"time to {CLOSE:.0%} of its score / its own"),
+    )
+    figure, grid = pyplot.subplots(
+        2, len(chosen), figsize=(4.2 * len(chosen), 7.2), layout="constrained", squeeze=False
+    )
+    for column, (setting, rows) in enumerate(zip(chosen, found, strict=True)):
+        for panel, (cost, title) in zip(grid[:, column], axes_of, strict=True):
+            points = [r for r in rows if r[cost] is not None and r["mean"] is not None]
+            best = front(rows, cost)
+            panel.step(
+                [r[cost] for r in best],
+                [100 * r["mean"] for r in best],
+                where="post",
+                color="#D55E00",
+                linewidth=1.2,
+                zorder=1,
+            )
+            for line in points:
+                on = line in best
+                panel.errorbar(line[cost], 100 * line["mean"], yerr=100 * (line["sd"] or 0), fmt="o", markersize=5.5, elinewidth=0.8,
+                               color="#D55E00" if on else "#0072B2", markerfacecolor="#D55E00" if on else "white")  # fmt: skip
+                panel.annotate(
+                    line["label"],
+                    (line[cost], 100 * line["mean"]),
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                )
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_xscale("log")
+            panel.grid(color="#eeeeee")
+            panel.set_axisbelow(True)
+            panel.set_xlabel(title, fontsize=9)
+            panel.set_ylabel("score on test (%)", fontsize=9)
+        grid[0, column].set_title(setting.title, fontsize=10, loc="left")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def report(chosen: Sequence[Setting], asked: Any) -> None:
+    """Write the part of the page between its marks, and the picture."""
+    found = [collected(setting, asked.output) for setting in chosen]
+    picture(chosen, found, PAGE.parent / "images" / "pareto.png")
+    versions = ", ".join(f"{name} {number}" for name, number in common.versions().items())
+    page = PAGE.read_text()
+    begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    PAGE.write_text(f"{page[:begin]}\n{table(chosen, found)}\n\n{versions}; {asked.seeds} seeds.\n\n{page[end:]}")
+    common.write(asked.json, {s.name: f for s, f in zip(chosen, found, strict=True)})
+
+
+def main() -> None:
+    asked = family.options(__doc__ or "")
+    chosen = settings(asked.data, asked.output, asked.only)
+    if asked.report:
+        report(chosen, asked)
+        return
+    for setting in chosen:
+        rows = [row for row in rows_of(setting) if not asked.rows or row.label in asked.rows.split(";")]
+        if asked.time:
+            common.write(asked.output / f"{setting.name}-times.json", family.steps(setting, rows, asked.repeats))
+        else:
+            others = Lines(asked.output, setting.rates) if setting.rates else None
+            family.study(setting, rows, asked.seeds, Lines(asked.output, setting.name), others)
+
+
+if __name__ == "__main__":
+    main()
