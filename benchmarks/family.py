@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +36,7 @@ from petiole.tune import Recipe, arguments, measured, train
 
 Line = dict[str, Any]
 OWN, EQUAL = "own default", "equal budget"
+BASE = f"lora, {OWN}"  # what costs are compared with
 
 
 # ------------------------------------------------------------------------------------------------------------------------- rows
@@ -467,12 +468,68 @@ def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: 
     pyplot.close(figure)
 
 
+BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->"
+
+
+Studied = tuple[Setting, Sequence[Entry], "Lines"]
+
+
+def report(found: Sequence[Studied], asked: argparse.Namespace, page: Path, peers: Sequence[str]) -> None:
+    """Write the tables of a page, between its marks, and its picture. Rows that aren't done in every setting are left out."""
+    chosen = [setting for setting, _, _ in found]
+    rows = [[summary(entry, lines) for entry in entries] for _, entries, lines in found]
+    done = [i for i in range(len(rows[0])) if all(r[i]["seeds"] == asked.seeds or r[i]["failed"] for r in rows)]
+    rows = [[r[i] for i in done] for r in rows]
+    picture(chosen, rows, peers, page.parent / "images" / f"{page.stem}.png")
+    times = dict[str, float]()
+    for setting in chosen:
+        timed = asked.output / f"{setting.name}-times.json"
+        if setting.name in SHOWN and timed.exists():
+            seconds = json.loads(timed.read_text())
+            times = {name: value / seconds[BASE] for name, value in seconds.items()}
+    tables = []
+    for title, equal in (("## At one budget", True), ("## At their own defaults", False)):
+        # LoRA's default is the budget, so it stands in both.
+        part = [
+            [x for x in lines if (x["budget"] == EQUAL) == equal or x["label"] in ("lora", "PEFT LoRA")]
+            for lines in rows
+        ]
+        tables.append(f"{title}\n\n{table(chosen, part, times, BASE)}\n")
+    text = page.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    versions = ", ".join(f"{name} {number}" for name, number in common.versions("peft").items())
+    page.write_text(f"{text[:begin]}\n{versions}; {asked.seeds} seeds.\n\n" + "\n".join(tables) + text[end:])
+    common.write(asked.json, {setting.name: lines for setting, lines in zip(chosen, rows, strict=True)})
+
+
+def main(
+    asked: argparse.Namespace,
+    settings: Sequence[Setting],
+    entries: Callable[[Setting], Iterable[Entry]],
+    write: Callable[[Sequence[Studied]], None],
+) -> None:
+    """Train, time or report, as was asked for."""
+    found: list[Studied] = []
+    for setting in settings:
+        if asked.only and setting.name not in asked.only.split(","):
+            continue
+        rows = [row for row in entries(setting) if not asked.rows or row.label in asked.rows.split(";")]
+        lines = Lines(asked.output, setting.name)
+        found.append((setting, rows, lines))
+        if asked.time:
+            common.write(asked.output / f"{setting.name}-times.json", steps(setting, rows, asked.repeats))
+        elif not asked.report:
+            study(setting, rows, asked.seeds, lines, Lines(asked.output, setting.rates) if setting.rates else None)
+    if asked.report:
+        write(found)
+
+
 def options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder in which results are kept")
     parser.add_argument("--only", default="", help="comma-separated names of settings")
-    parser.add_argument("--rows", default="", help="comma-separated labels of rows")
+    parser.add_argument("--rows", default="", help="labels of rows, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds of a step; 0 for none")

@@ -5,13 +5,11 @@ MiniLM on TREC-6 and CLINC150 (100 and 10 examples a class), the shipped ViT on 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import common
 import family
 from family import EQUAL, OWN, Entry, Setting, own, peer, within
 from torch import nn
@@ -91,61 +89,11 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "lowrank.md"
 PEERS = ("PEFT LoRA", "PEFT DoRA", "PEFT VeRA")
 
 
-def rows_of(setting: Setting, only: str) -> list[Entry]:
-    rows = entries(setting.task.empty_model())
-    return [row for row in rows if not only or row.label in only.split(",")]
-
-
-def report(chosen: list[Setting], asked: Any) -> None:
-    """Write the page and its picture from what is known."""
-    found, times = [], dict[str, float]()
-    for setting in chosen:
-        lines = family.Lines(asked.output, setting.name)
-        found.append([family.summary(entry, lines) for entry in rows_of(setting, asked.rows)])
-        timed = asked.output / f"{setting.name}-times.json"
-        if timed.exists() and setting.name in family.SHOWN:
-            times = json.loads(timed.read_text())
-    keep = [i for i in range(len(found[0])) if all(f[i]["seeds"] == asked.seeds or f[i]["failed"] for f in found)]
-    found = [[f[i] for i in keep] for f in found]
-    family.picture(chosen, found, PEERS, PAGE.parent / "images" / "lowrank.png")
-    versions = ", ".join(f"{name} {number}" for name, number in common.versions("peft").items())
-    tables = []
-    for title, equal in (("## At one budget", True), ("## At their own defaults", False)):
-        part = [[line for line in f if (line["budget"] == EQUAL) == equal] for f in found]
-        # LoRA's default is the budget, so it stands in both.
-        lora = [[line for line in f if line["label"] in ("lora", "PEFT LoRA") and equal] for f in found]
-        part = [both + lines for both, lines in zip(lora, part, strict=True)]
-        tables.append(f"{title}\n\n{family.table(chosen, part, times, f'lora, {OWN}')}\n")
-    text = PAGE.read_text() if PAGE.exists() else HEAD
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    PAGE.write_text(f"{text[:begin]}\n{versions}; {asked.seeds} seeds.\n\n" + "\n".join(tables) + text[end:])
-    common.write(asked.json, {s.name: f for s, f in zip(chosen, found, strict=True)})
-
-
-BEGIN, END = "<!-- tables -->\n", "<!-- /tables -->"
-HEAD = f"""# The low-rank family, side by side
-
-{BEGIN}{END}
-"""
-
-
-def main() -> None:
-    asked = family.options(__doc__ or "")
-    chosen = [s for s in settings(asked.data) if not asked.only or s.name in asked.only.split(",")]
-    if asked.report:
-        report(chosen, asked)
-        return
-    for setting in chosen:
-        rows = rows_of(setting, asked.rows)
-        if asked.time:
-            times = family.steps(setting, rows, asked.repeats)
-            common.write(
-                asked.output / f"{setting.name}-times.json", {k: v / times[f"lora, {OWN}"] for k, v in times.items()}
-            )
-        else:
-            others = family.Lines(asked.output, setting.rates) if setting.rates else None
-            family.study(setting, rows, asked.seeds, family.Lines(asked.output, setting.name), others)
-
-
 if __name__ == "__main__":
-    main()
+    asked = family.options(__doc__ or "")
+    family.main(
+        asked,
+        settings(asked.data),
+        lambda setting: entries(setting.task.empty_model()),
+        lambda found: family.report(found, asked, PAGE, PEERS),
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import common
 import family
-from family import Entry, Line, Lines, Setting, own
+from family import Entry, Line, Lines, Setting, Studied, own
 from small_t5 import small_t5
 
 import petiole as pt
@@ -94,10 +94,8 @@ def final(lines: Lines, entry: Entry) -> float:
     )
 
 
-def collected(setting: Setting, output: Path) -> list[Line]:
+def collected(setting: Setting, entries: Sequence[Entry], lines: Lines, output: Path) -> list[Line]:
     """Rows of one setting: score, bytes over full fine-tuning's, time to `CLOSE` of its score over its own time to there."""
-    lines = Lines(output, setting.name)
-    entries = list(rows_of(setting))
     times: Mapping[str, float] = json.loads((output / f"{setting.name}-times.json").read_text())
     full = entries[0]
     goal = CLOSE * final(lines, full)
@@ -193,9 +191,10 @@ def picture(chosen: Sequence[Setting], found: Sequence[Sequence[Line]], path: Pa
     pyplot.close(figure)
 
 
-def report(chosen: Sequence[Setting], asked: Any) -> None:
+def report(studied: Sequence[Studied], asked: Any) -> None:
     """Write the part of the page between its marks, and the picture."""
-    found = [collected(setting, asked.output) for setting in chosen]
+    chosen = [setting for setting, _, _ in studied]
+    found = [collected(setting, entries, lines, asked.output) for setting, entries, lines in studied]
     picture(chosen, found, PAGE.parent / "images" / "pareto.png")
     versions = ", ".join(f"{name} {number}" for name, number in common.versions().items())
     page = PAGE.read_text()
@@ -204,20 +203,6 @@ def report(chosen: Sequence[Setting], asked: Any) -> None:
     common.write(asked.json, {s.name: f for s, f in zip(chosen, found, strict=True)})
 
 
-def main() -> None:
-    asked = family.options(__doc__ or "")
-    chosen = settings(asked.data, asked.output, asked.only)
-    if asked.report:
-        report(chosen, asked)
-        return
-    for setting in chosen:
-        rows = [row for row in rows_of(setting) if not asked.rows or row.label in asked.rows.split(";")]
-        if asked.time:
-            common.write(asked.output / f"{setting.name}-times.json", family.steps(setting, rows, asked.repeats))
-        else:
-            others = Lines(asked.output, setting.rates) if setting.rates else None
-            family.study(setting, rows, asked.seeds, Lines(asked.output, setting.name), others)
-
-
 if __name__ == "__main__":
-    main()
+    asked = family.options(__doc__ or "")
+    family.main(asked, settings(asked.data, asked.output, asked.only), rows_of, lambda found: report(found, asked))
