@@ -2,8 +2,8 @@
 
     h  <-  h + φ( h H_down + b_down ) H_up + b_up        H = Σ_i A_i ⊗ B_i, i < n;  A (n, n, n), B (n, in / n, out / n)
 
-B_i may be a product S_i T_i of rank k, S (n, in / n, k), T (n, k, out / n). A rule A is each matrix' own; or one for the same half of a site's
-adapters, over tasks; or one for all. H is never formed but where A and B are: for a file of ordinary adapters (`materialise`).
+B_i may be a product S_i T_i of rank k, S (n, in / n, k), T (n, k, out / n). Every matrix has a rule A of its own; or all tasks share that of
+one half of an adapter; or all sites share one. H itself is formed only for files of ordinary adapters (`materialise`).
 
 Sits     after each attention (self and cross) and each ffn, before dropout, residual and norm.
 Trains   n³ + in · out / n + out numbers per matrix, of each task or shared as `sharing` says; all norms of the backbone.
