@@ -157,6 +157,23 @@ def within(model: nn.Module, method: pt.Method, budget: int) -> pt.Method | None
     return sized(method, low) if low else None
 
 
+def reduced(model: nn.Module, method: pt.Method, field: str, budget: int) -> pt.Method | None:
+    """The method with the smallest factor, by which `field` divides the width, that trains at most `budget`; None if there is none.
+
+    Args:
+        model: on the meta device.
+    """
+    fields = method.model_dump(exclude_unset=True)
+    for factor in range(1, 1 << 10):
+        smaller = type(method)(**{**fields, field: factor})
+        try:
+            if trained(model, smaller) <= budget:
+                return smaller
+        except PetioleError:  # does not divide, or leaves nothing
+            continue
+    return None
+
+
 # -------------------------------------------------------------------------------------------------------------------- settings
 
 
@@ -167,7 +184,7 @@ class Setting:
     Attributes:
         data: as `load_data` takes it. limit: rows of each split at most.
         rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
-        options: of the task.
+        options: of the task. make: the task itself, where it is no data set as `load_data` takes one.
     """
 
     name: str
@@ -179,9 +196,12 @@ class Setting:
     batch_size: int = 16
     rates: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[[], Task] | None = None
 
     @cached_property
     def task(self) -> Task:
+        if self.make is not None:
+            return self.make()
         return prepare(
             load_data(self.data, limit=dict(self.limit) or None, test_fraction=0.2), self.model, **self.options
         )

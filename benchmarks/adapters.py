@@ -1,0 +1,93 @@
+"""The adapter family: every method at its own default and at LoRA's budget; PEFT's LoRA, (IA)³ and norm tuning in the same table.
+
+MiniLM on SST-2, TREC-6, MR and SUBJ. `--report` writes docs/adapters.md from what was run. The `adapters` library wants Transformers 4.57
+and does not install beside the current one; PEFT has no bottleneck adapters, so its nearest stand in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import family
+from family import EQUAL, OWN, Entry, Setting, own, peer, reduced, within
+from torch import nn
+
+import petiole as pt
+from petiole.errors import PetioleError
+from petiole.method import find, registry
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
+PEERS = ("PEFT LoRA", "PEFT IA3", "PEFT LN tuning")
+SIZED = ("houlsby", "pfeiffer", "parallel-adapter", "scaled-parallel-adapter", "mam", "iaa", "vl-pet")
+FACTORS = {
+    "compacter": "reduction_factor",
+    "vl-adapter": "reduction_factor",
+    "p-adapter": "reduction_factor",
+    "petl-ast": "reduction_rate",
+    "task-adapter": "reduction_factor",
+}
+LEFT_OUT = {
+    "hyperformer": "its networks weigh more than the budget whatever the bottleneck",
+    "adapterfusion, scalearn": "they combine adapters of other tasks; see scalearn's proof",
+    "polyhistor": "for several dense tasks; see its proof",
+}
+
+
+def settings(data: Path) -> list[Setting]:
+    text, rows = data / "text", {"train": 4000, "validation": 300, "test": 600}
+    return [
+        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120, rows),
+        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, rows, rates="trec6"),
+        Setting("mr", "MiniLM, MR", "petiole:minilm", str(text / "mr"), 120, rows, rates="trec6"),
+        Setting("subj", "MiniLM, SUBJ", "petiole:minilm", str(text / "subj"), 120, rows, rates="trec6"),
+    ]
+
+
+def entries(model: nn.Module) -> Iterator[Entry]:
+    """All rows that have a place on a backbone; `model` is on the meta device."""
+    import peft
+
+    budget = family.trained(model, pt.LoRA())
+    yield own(pt.FullFineTuning())
+    yield own(pt.LoRA())
+    for slug in (*SIZED, *FACTORS, "hyperformer"):
+        if slug not in registry():
+            continue
+        method = find(slug)()
+        try:
+            family.trained(model, method)
+        except PetioleError as error:
+            print(f"{slug} left out: {' '.join(str(error).split())[:140]}", flush=True)
+            continue
+        yield own(method)
+        if slug == "hyperformer":
+            continue
+        equal = within(model, method, budget) if slug in SIZED else reduced(model, method, FACTORS[slug], budget)
+        if equal is not None and equal != method:
+            yield own(equal, budget=EQUAL)
+
+    def lora(sites: list[str], heads: list[str]) -> Any:
+        return peft.LoraConfig(r=8, lora_alpha=16, target_modules=sites, modules_to_save=heads)
+
+    def ia3(sites: list[str], heads: list[str]) -> Any:
+        down = [site for site in sites if "output.dense" in site]
+        return peft.IA3Config(target_modules=sites, feedforward_modules=down, modules_to_save=heads)
+
+    def norms(sites: list[str], heads: list[str]) -> Any:
+        return peft.LNTuningConfig(target_modules=sites, modules_to_save=heads)
+
+    yield peer("PEFT LoRA", OWN, lora, (3e-4, 3e-2), ("q", "v"), "r=8")
+    yield peer("PEFT IA3", OWN, ia3, (1e-3, 1e-1), ("k", "v", "down"), "k, v, down")
+    yield peer("PEFT LN tuning", OWN, norms, (3e-4, 3e-2), ("norm",), "all norms")
+
+
+if __name__ == "__main__":
+    asked = family.options(__doc__ or "")
+    family.main(
+        asked,
+        settings(asked.data),
+        lambda setting: entries(setting.task.empty_model()),
+        lambda found: family.report(found, asked, PAGE, PEERS),
+    )
