@@ -158,8 +158,11 @@ def test_a_language_is_the_other_one_in_other_words_and_backwards() -> None:
     assert int(a.max()) < len(SPECIAL) + TOY.concepts <= int(b.min())
     pairs = set(zip(a.flatten().tolist(), b.flip(-1).flatten().tolist(), strict=True))
     assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
-    mixed = TOY.translated(said.repeat(50, 1), "mixed", generator())
-    assert 0.4 < float((mixed < len(SPECIAL) + TOY.concepts).double().mean()) < 0.6
+    borrowing = TOY.translated(said.repeat(50, 1), "b", 0.3, generator())
+    theirs = borrowing < len(SPECIAL) + TOY.concepts
+    assert 0.25 < float(theirs.double().mean()) < 0.35
+    assert torch.equal(borrowing[theirs], a.flip(-1).repeat(50, 1)[theirs])
+    assert torch.equal(borrowing[~theirs], b.repeat(50, 1)[~theirs])
     assert not torch.equal(TOY.dictionary, ToyLanguages(24, 4, seed=1).dictionary)
     words = TOY.tokenizer()(TOY.text(a[0]))["input_ids"]
     assert words == [CLS, *a[0].tolist(), SEP]

@@ -1,8 +1,8 @@
 """Two languages that say the same: every word of one has its word in the other, in another order; to try transfer between languages.
 
 Concepts belong to topics. A sentence tells of one topic, things and acts in turn, with a few words from elsewhere. Language `a` says it so, and
-`b` says it backwards with words of its own; `mixed` takes each word from one or the other, as people do who speak both. All is drawn from
-the generator that is given, so that nothing is downloaded and everything comes again.
+`b` says it backwards with words of its own; a share of the words may be borrowed from the other language, as names and numbers are. All is drawn
+from the generator that is given, so that nothing is downloaded and everything comes again.
 
 >>> import torch
 >>> toy = ToyLanguages(concepts=20, topics=2)
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from petiole.errors import ConfigError
 
-Language = Literal["a", "b", "mixed"]
+Language = Literal["a", "b"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL))
 ELSEWHERE = 0.2  # share of the words of a sentence that are not of its topic
@@ -59,15 +59,20 @@ class ToyLanguages:
 
     # ---- words
 
-    def translated(self, said: Tensor, language: Language, generator: torch.Generator | None = None) -> Tensor:
-        """Concepts (..., n) in the order of `a` -> words (..., n) in a language's own order."""
-        a, b = said + len(SPECIAL), self.dictionary[said] + len(SPECIAL) + self.concepts
-        if language == "mixed":
-            return torch.where(torch.rand(said.shape, generator=generator) < 0.5, a, b)
-        return a if language == "a" else b.flip(-1)
+    def translated(
+        self, said: Tensor, language: Language, borrowed: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Concepts (..., n) in the order of `a` -> words (..., n) in a language's own order.
+
+        Args:
+            borrowed: share of the words that are the other language's.
+        """
+        words = said + len(SPECIAL), self.dictionary[said] + len(SPECIAL) + self.concepts
+        own, other = words if language == "a" else (words[1].flip(-1), words[0].flip(-1))
+        return other.where(torch.rand(said.shape, generator=generator) < borrowed, own) if borrowed else own
 
     def concepts_of(self, words: Tensor, language: Language) -> Tensor:
-        """The way back, of `a` and `b`."""
+        """The way back, where nothing is borrowed."""
         if language == "a":
             return words - len(SPECIAL)
         return self.dictionary.argsort()[words - len(SPECIAL) - self.concepts].flip(-1)
@@ -107,10 +112,12 @@ class ToyLanguages:
         pair = torch.randint(self.each // 2, topic.shape, generator=generator)
         return topic * self.each + 2 * pair + torch.arange(length) % 2
 
-    def sentences(self, count: int, language: Language, generator: torch.Generator, length: int = 12) -> Tensor:
+    def sentences(
+        self, count: int, language: Language, generator: torch.Generator, length: int = 12, borrowed: float = 0.0
+    ) -> Tensor:
         """Sentences of any topics, framed: (count, length + 2)."""
         topics = torch.randint(self.topics, (count,), generator=generator)
-        words = self.translated(self.said(topics, length, generator), language, generator)
+        words = self.translated(self.said(topics, length, generator), language, borrowed, generator)
         return torch.cat([torch.full((count, 1), CLS), words, torch.full((count, 1), SEP)], 1)
 
     def ranking(
@@ -146,8 +153,8 @@ class ToyLanguages:
         put = torch.arange(4) < many[..., None]
         words = torch.where(put, asked[:, None].expand(-1, documents, -1), said.gather(-1, places))
         said = said.scatter(-1, places, words)
-        asked_words = self.translated(asked, query_language, generator)[:, None].expand(-1, documents, -1)
-        found = self.translated(said, document_language, generator)
+        asked_words = self.translated(asked, query_language)[:, None].expand(-1, documents, -1)
+        found = self.translated(said, document_language)
         first, last = (torch.full((queries, documents, 1), mark) for mark in (CLS, SEP))
         ids = torch.cat([first, asked_words, last, found, last], -1)
         types = (torch.arange(ids.shape[-1]) > 5).long().expand_as(ids)  # [CLS] 4 words [SEP]
