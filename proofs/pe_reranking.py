@@ -20,8 +20,8 @@ import petiole as pt
 from petiole.method import Method
 from petiole.methods.sparse.entries import SparseChange
 from petiole.tasks.masked_lm import Masking
-from petiole.tasks.retrieval import ranking_metrics
-from petiole.tasks.retrieval.languages import compose, language_module, pointwise_loss, ranking_module, under, written
+from petiole.tasks.retrieval import PointwiseLoss, compose, language_module, ranking_metrics, ranking_module, under
+from petiole.tasks.retrieval.languages import written
 from petiole.tasks.tokens import Pad
 from petiole.tasks.toy_languages import MASK, PAD, SPECIAL, Ranking, ToyLanguages
 from petiole.training import Events, parameter_groups
@@ -128,7 +128,7 @@ def ranker(base: BertForMaskedLM, files: dict[str, Path], toy: ToyLanguages, kin
     def loss() -> Tensor:
         batch = toy.ranking(BATCH // 2, 2, generator, share=0.5)
         logits = model(batch.input_ids.flatten(0, 1), token_type_ids=batch.token_type_ids.flatten(0, 1)).logits
-        return pointwise_loss(logits, batch.relevant.flatten())
+        return PointwiseLoss()(logits, batch.relevant.flatten())
 
     train(model, RATES[kind], RANKING_STEPS, loss)
     return model

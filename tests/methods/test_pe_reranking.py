@@ -17,17 +17,10 @@ import toys
 from petiole.errors import AttachError, ConfigError, FileError, PetioleError
 from petiole.files import load_adaptation
 from petiole.methods.adapters.madx import NICE, Inverse, Stacked
-from petiole.methods.sparse.entries import Entries, SparseChange, from_steps, largest, to_steps
+from petiole.methods.sparse.entries import Entries, SparseChange
 from petiole.methods.sparse.ltsft import next_phase, tensors_of
-from petiole.tasks.retrieval.languages import (
-    compose,
-    language_module,
-    pointwise_loss,
-    ranking_module,
-    rerank,
-    size_of,
-    under,
-)
+from petiole.methods.sparse.selection import from_steps, largest, to_steps
+from petiole.tasks.retrieval import PointwiseLoss, compose, language_module, ranking_module, rerank, size_of, under
 from petiole.tasks.toy_languages import ToyLanguages
 from petiole.training import Events, parameter_groups
 
@@ -85,7 +78,7 @@ def train(model: nn.Module, tuned: pt.Adaptation, steps: int = 4, weight_decay: 
     for _ in range(steps):
         events.before_step()
         output = model(**batch)
-        value = output.loss if loss else pointwise_loss(output.logits, labels)
+        value = output.loss if loss else PointwiseLoss()(output.logits, labels)
         extra = None if loss else events.extra_loss()
         (value if extra is None else value + extra).backward()
         events.before_optimizer_step(value)
@@ -265,9 +258,9 @@ def test_the_mask_is_where_full_training_moves_most() -> None:
     model = ranker()
     tuned = pt.attach(model, MASK.model_copy(update={"first_phase": None}), train_head=False)
     optimizer = torch.optim.SGD(tuned.parameters(), lr=1.0)
-    pointwise_loss(model(**pairs()).logits, torch.tensor([1, 0, 0, 0, 1, 0])).backward()
+    PointwiseLoss()(model(**pairs()).logits, torch.tensor([1, 0, 0, 0, 1, 0])).backward()
     own = ranker()
-    pointwise_loss(own(**pairs()).logits, torch.tensor([1, 0, 0, 0, 1, 0])).backward()
+    PointwiseLoss()(own(**pairs()).logits, torch.tensor([1, 0, 0, 0, 1, 0])).backward()
     optimizer.step()
     names = [
         f"{slot.site.path}.{slot.site.parameter if kind == 'weight' else slot.site.bias}"
@@ -809,11 +802,11 @@ def test_one_logit_is_trained_as_a_class_and_not_as_a_number() -> None:
     model, labels = ranker(), torch.tensor([1, 0, 0, 0, 1, 0])
     logits = model(**pairs()).logits
     wanted = -(labels * torch.sigmoid(logits[:, 0]).log() + (1 - labels) * torch.sigmoid(-logits[:, 0]).log()).mean()
-    torch.testing.assert_close(pointwise_loss(logits, labels), wanted)
+    torch.testing.assert_close(PointwiseLoss()(logits, labels), wanted)
     own = model(**pairs(), labels=labels.float()).loss  # what the model itself makes of them
     torch.testing.assert_close(own, nn.functional.mse_loss(logits[:, 0], labels.float()))
-    with pytest.raises(ConfigError, match="one logit"):
-        pointwise_loss(torch.zeros(3, 2), torch.zeros(3))
+    with pytest.raises(ConfigError, match="one of each"):
+        PointwiseLoss()(torch.zeros(3, 2), torch.zeros(3))
 
 
 @pytest.mark.parametrize("types", [True, False])

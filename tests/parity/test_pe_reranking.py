@@ -14,8 +14,9 @@ import petiole as pt
 from linears import Case, set_
 from petiole.attach import HEAD
 from petiole.methods.adapters.madx import NICE, Stacked
-from petiole.methods.sparse.entries import SparseChange, from_steps, largest, to_steps
-from petiole.tasks.retrieval.languages import compose
+from petiole.methods.sparse.entries import SparseChange
+from petiole.methods.sparse.selection import from_steps, largest, to_steps
+from petiole.tasks.retrieval import compose
 
 TOLERANCE = 1e-5
 TENSORS = ("emb.weight", "lin.weight", "lin.bias")

@@ -13,7 +13,7 @@ Merges   no: a ReLU stands in between.
 
 A language adapter learns by masked language modelling and acts below every other adapter, whatever was attached first; the task adapter is
 trained while the one of the training language is active and frozen, and works with that of another language afterwards. `compose`, in
-`petiole.tasks.retrieval.languages`, puts them together: of a query's language, of a document's, each on its own tokens.
+`petiole.tasks.retrieval`, puts them together: of a query's language, of a document's, each on its own tokens.
 
 Relations: `lt-sft` does the same with sparse masks, which cost nothing at inference; `pfeiffer` is the task adapter that reads f.
 """

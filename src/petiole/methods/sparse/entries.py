@@ -8,99 +8,18 @@ optimiser, so nothing outside the mask can move: no moment, no weight decay reac
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from petiole.anatomy import Anatomy, Site
-from petiole.errors import AttachError, ConfigError
-from petiole.method import Base, Layers, Place, WeightDelta, raw
-from petiole.methods.full.names import norms, outside_heads
+from petiole.errors import AttachError
+from petiole.method import Base, WeightDelta, raw
 from petiole.methods.lowrank.origin import digest
+from petiole.methods.sparse.selection import from_steps, to_steps
 
 NOTHING = 1e-7  # a change that is no larger is left out of files
-
-
-# ---------------------------------------------------------------------------------------------------------------- which entries
-
-
-def largest(sizes: Sequence[Tensor], k: int, taken: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """The k entries of largest absolute value over all tensors together, as flat indices in each, in order.
-
-    Of equal ones those come first that stand in an earlier tensor, then at a smaller index. Compared in float32; two passes over the
-    bits, which are ordered as the numbers are, so O(N) and 4 bytes for each entry.
-
-    Args:
-        taken: indices in each tensor that do not count.
-
-    Raises:
-        ConfigError: k is below 1, or more than there are.
-    """
-    every = [size.detach().float().abs().reshape(-1).view(torch.int32) for size in sizes]
-    for bits, gone in zip(every, taken or (), strict=taken is not None):
-        bits[gone] = -1
-    free = sum(bits.numel() for bits in every) - sum(gone.numel() for gone in taken or ())
-    if not 1 <= k <= free:
-        raise ConfigError(f"k = {k}: from 1 to {free:,}, the entries there are")
-    upper, above = _reach([(bits >> 16) + 1 for bits in every], k)  # 0 is for those that are taken
-    lower, more = _reach([bits[(bits >> 16) + 1 == upper] & 0xFFFF for bits in every], k - above)
-    threshold, left = ((upper - 1) << 16) | lower, k - above - more
-    found = []
-    for bits in every:
-        chosen = bits > threshold
-        equal = (bits == threshold).nonzero().view(-1)[:left]
-        left -= equal.numel()
-        chosen[equal] = True
-        found.append(chosen.nonzero().view(-1))
-    return found
-
-
-def _reach(numbers: Sequence[Tensor], k: int) -> tuple[int, int]:
-    """The largest number that at least k of them reach, and how many are above it."""
-    counts = torch.stack([torch.bincount(each, minlength=1 << 16).cpu() for each in numbers]).sum(0)
-    reached = counts.flip(0).cumsum(0)  # by how many, from the largest number down
-    place = int(torch.searchsorted(reached, k))
-    return len(counts) - 1 - place, int(reached[place - 1]) if place else 0
-
-
-def to_steps(index: Tensor, values: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Flat indices (k,) and values (k,) -> the first index and then the distances between them, and the values in that order.
-
-    As the reference stores a mask: an index counts along the first dimension fastest, i₀ + s₀ (i₁ + s₁ (i₂ + …)); in int64.
-    """
-    flat, stride = torch.zeros_like(index), 1
-    rest, inner = index, index.new_tensor([*shape[1:], 1]).flip(0).cumprod(0).flip(0).tolist()
-    for size, below in zip(shape, inner, strict=True):
-        flat = flat + stride * (rest // below)
-        rest, stride = rest % below, stride * size
-    order = flat.argsort()
-    return torch.diff(flat[order], prepend=flat.new_zeros(1)), values[order]
-
-
-def from_steps(steps: Tensor, values: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What `to_steps` gave -> flat indices in order, and their values.
-
-    Raises:
-        AttachError: they are no indices of such a tensor.
-    """
-    rest = steps.cumsum(0)
-    entries = torch.Size(shape).numel()
-    if steps.shape != values.shape or steps.ndim != 1 or steps.dtype != torch.int64:
-        raise AttachError(f"a mask of a {tuple(shape)} tensor has {tuple(steps.shape)} {steps.dtype} steps")
-    if bool((steps[1:] < 1).any()) or bool(((rest < 0) | (rest >= entries)).any()):
-        raise AttachError(f"a mask names entries that a {tuple(shape)} tensor has not, or one twice")
-    index = torch.zeros_like(rest)
-    for place, size in enumerate(shape):
-        index = index + (rest % size) * torch.Size(shape[place + 1 :]).numel()
-        rest = rest // size
-    order = index.argsort()
-    return index[order], values[order]
-
-
-# ---------------------------------------------------------------------------------------------------------------------- deltas
 
 
 class Entries(nn.Module):
@@ -257,109 +176,3 @@ class Tied(WeightDelta):
 
     def weight(self, base: Tensor) -> Tensor:
         return self.first[0].weight(base)
-
-
-# ----------------------------------------------------------------------------------------------------------------------- places
-
-
-def changes(slug: str, anatomy: Anatomy, model: nn.Module, maskable: Sequence[str], layers: Layers) -> Iterator[Place]:
-    """A `SparseChange` for each module of the backbone that holds maskable tensors, in the model's order.
-
-    Norms, task heads and a language model's output are left out; where the output is tied to the token table, it changes with that.
-
-    Raises:
-        AttachError: a tensor is quantised, or nothing is maskable.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in maskable_parameters(anatomy, model, maskable, layers):
-        if not parameter.is_floating_point():
-            raise AttachError(f"{slug}: {name} is {parameter.dtype}, of which single entries can't change")
-        owner, _, attribute = name.rpartition(".")
-        parts.setdefault(owner, {})[attribute] = parameter
-    if not parts:
-        raise AttachError(f"{slug}: {anatomy.model_class} has nothing of {', '.join(maskable)} that can change")
-    places = Places(anatomy)
-    everywhere = [
-        (path, name, parameter)
-        for path, module in model.named_modules()  # each once
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    for owner, tensors in parts.items():
-        module, left = model.get_submodule(owner), dict(tensors)
-        pairs = (
-            [("weight", "bias")]
-            if module._parameters.get("weight") is not None and {*left} & {"weight", "bias"}
-            else []
-        )
-        pairs += [(name, "") for name in left if not pairs or name not in pairs[0]]
-        for weight, bias in pairs:
-            held = {kind: left[own] for kind, own in (("weight", weight), ("bias", bias)) if own in left}
-            delta = SparseChange(held)
-            yield Place(places.site(owner, weight, bias), delta)
-            for path, name, parameter in everywhere:
-                if parameter is held.get("weight") and model.get_submodule(path) is not module:
-                    yield Place(places.site(path, name, ""), Tied(delta))
-
-
-def maskable_parameters(
-    anatomy: Anatomy, model: nn.Module, maskable: Sequence[str], layers: Layers = None
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's parameters of these kinds: weights and biases (of blocks), embeddings, pooler."""
-    blocks = [f"{site.path}." for site in anatomy.sites(["block"], layers)]
-    every = [f"{block.path}." for stack in anatomy.stacks for block in stack.blocks]
-    roles = {site.path: site.role for site in anatomy.outside}
-    base = getattr(model, "base_model_prefix", "")
-    within = f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""
-    left_out = set(norms(anatomy, model))
-    for name, parameter in outside_heads(anatomy, model):
-        role = roles.get(name.rpartition(".")[0], "")
-        if name in left_out or not name.startswith(within) or role in ("lm_head", "norm"):
-            continue
-        if any(name.startswith(block) for block in every):
-            kind = "weights" if parameter.ndim > 1 else "biases"
-            if not any(name.startswith(block) for block in blocks):
-                continue
-        else:
-            kind = "pooler" if role == "pooler" else "embeddings"
-        if kind in maskable:
-            yield name, parameter
-
-
-class Places:
-    """Sites of whole tensors, each with a name of its own."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.blocks = [block for stack in anatomy.stacks for block in stack.blocks]
-        inside = [site for block in self.blocks for site in block.sites]
-        self.known: dict[str, Site] = {}
-        for site in (*inside, *anatomy.outside):
-            if site.role not in ("block", "attention", "cross_attention", "ffn", "mixer"):
-                self.known.setdefault(site.path, site)
-        self.seen: Counter[tuple[str, int, str, str]] = Counter()
-
-    def site(self, path: str, parameter: str, bias: str) -> Site:
-        """The tensors of the module at a path, whole and as they are stored."""
-        known = self.known.get(path)
-        block = next((b for b in self.blocks if f"{path}.".startswith(f"{b.path}.")), None)
-        stack, depth = (block.stack, block.depth) if block is not None else ("", -1)
-        role, within = parameter, ""
-        if known is not None and known.parameter == parameter:
-            role, within = known.role, known.within
-        self.seen[stack, depth, within, role] += 1
-        return Site(
-            role=role,
-            stack=stack,
-            depth=depth,
-            number=self.seen[stack, depth, within, role] - 1,
-            within=within,
-            path=path,
-            exit=path,
-            side="output",
-            kind="parameter",
-            in_features=0,
-            out_features=0,
-            parameter=parameter,
-            bias=bias,
-            caller=known.caller if known is not None else "",
-        )

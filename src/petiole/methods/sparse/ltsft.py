@@ -30,7 +30,9 @@ from petiole.anatomy import Anatomy
 from petiole.attach import forget_compiled
 from petiole.errors import AttachError
 from petiole.method import Delta, Layers, Method, Moment, Place, layers_field
-from petiole.methods.sparse.entries import Entries, SparseChange, changes, largest
+from petiole.methods.sparse.entries import Entries, SparseChange
+from petiole.methods.sparse.selection import largest
+from petiole.methods.sparse.tensors import changes
 
 Maskable = Literal["embeddings", "weights", "biases", "pooler"]
 

@@ -60,6 +60,19 @@ class CrossEncoderLoss(nn.Module):
         return nn.functional.cross_entropy(wide(scores), positive)
 
 
+class PointwiseLoss(nn.Module):
+    """Logits (B,) or (B, 1) of pairs and labels (B,), 1 for relevant -> the mean binary cross-entropy, a scalar
+
+    A classifier of one output takes labels for numbers to be hit: give it none, and compute this.
+    """
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        scores = wide(logits.squeeze(-1) if logits.ndim == 2 else logits)
+        if scores.shape != labels.shape:
+            raise ConfigError(f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}: one of each for every pair")
+        return nn.functional.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+
+
 def check_towers(queries: nn.Module, passages: nn.Module, allow_different: bool = False) -> None:
     """Refuse encoders of queries and passages that are adapted in different ways.
 
