@@ -117,6 +117,12 @@ class Block:
     hidden_size: int
     layout: tuple[str, ...] = ()
 
+    @property
+    def sublayers(self) -> list[Site]:
+        """Attentions, mixers and ffns, in the order of execution."""
+        found = (s for s in self.sites if s.role in ("attention", "cross_attention", "mixer", "ffn"))
+        return sorted(found, key=lambda site: site.role == "ffn")
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -250,6 +256,25 @@ class Anatomy:
             if site.role == "norm" and not site.within and not any(site.path.startswith(f"{p}.") for p in attentions)
         ]
         return ends[-1] if ends and attentions else None
+
+    def residual(self, sublayer: Site) -> Site:
+        """Where the residual stream can be read that is added to what a sub-layer gives.
+
+        In a post-norm block that is what the sub-layer is given; else the block's input, or that of the norm in front of the sub-layer.
+        Where there are norms behind sub-layers too, every second one is in front.
+        """
+        block, own = self.stack(sublayer.stack).blocks[sublayer.depth], sublayer.at("output")
+        if self.closing_norm(own) is not None:
+            return own.at("input")
+        parts = block.sublayers
+        i = parts.index(own)
+        if i == 0:
+            return next(site for site in block.sites if site.role == "block").at("input")
+        norms = [s for s in block.sites if s.role == "norm" and not s.within and s.in_features == own.in_features]
+        if not norms or norms[0].path.rpartition(".")[2].startswith("post_"):
+            return own.at("input")
+        before = norms[: 2 * len(parts) : 2] if len(norms) >= 2 * len(parts) else norms
+        return before[max(i - len(parts), -len(before))].at("input")
 
     def final_norm(self, stack: Stack) -> Site | None:
         """The norm that follows the last block of a stack; None where the blocks end with their own."""

@@ -437,6 +437,33 @@ class Host:
         names = self.row_names()
         return value if names is None else context.of_rows_seen(value, len(names))
 
+    def unpadded(self, site: Site, h: Tensor) -> Tensor | None:
+        """Which tokens of h (B, T, d) at a site are no padding (B, T), by the mask that the nearest model around was given; None for all.
+
+        What a method puts in front of a text is no padding.
+
+        Raises:
+            AttachError: it was given a mask of another form.
+        """
+        mask = self.once(f"padding in {site.stack}", lambda: self.mask_around(site))
+        if mask is None:
+            return None
+        if mask.ndim != 2 or h.ndim != 3:
+            raise AttachError(
+                f"{site.key}: padding is told by attention_mask as (batch, length), not {tuple(mask.shape)}"
+            )
+        length = h.shape[1]
+        return nn.functional.pad(mask[:, -length:].bool(), (max(0, length - mask.shape[1]), 0), value=True)
+
+    def mask_around(self, site: Site) -> Any:
+        within, path = self.passing(), site.path
+        while within is not None and path:
+            path = path.rpartition(".")[0]
+            for module, mask in within.masks:
+                if module is self.module(path):
+                    return mask
+        return None
+
     def prior(self, slot: Slot) -> list[Slot]:
         """Changes of the same weight that act before `slot`: weight deltas, and hidden-state deltas that are one in disguise."""
         path = self.first_path(slot.site.caller or slot.site.path)
@@ -482,6 +509,7 @@ class Host:
             self.refuse_aside()
             if module is self.model or self._pass_compiled is None:
                 self._pass_compiled = context.Pass(module, args, kwargs)
+            self._pass_compiled.masks.append((module, kwargs.get("attention_mask")))
             return
         attention.keep_on(self)
         if module.training and torch.is_grad_enabled():
@@ -491,7 +519,8 @@ class Host:
                 if layer.gradient_checkpointing and function is not None and not isinstance(function, Recall):
                     layer._gradient_checkpointing_func = Recall(function, self)  # type: ignore[assignment]
         self.begin()
-        self._passes.setdefault(threading.get_ident(), context.Pass(module, args, kwargs))
+        within = self._passes.setdefault(threading.get_ident(), context.Pass(module, args, kwargs))
+        within.masks.append((module, kwargs.get("attention_mask")))
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Forward hook of the same; called even when the forward failed."""

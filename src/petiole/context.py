@@ -155,11 +155,13 @@ class Pass:
     Attributes:
         module: the outermost model that runs. args, kwargs: of its forward.
         found: what `Host.once` has computed so far, by name.
+        masks: `attention_mask` of this model and of every one within it that has run so far.
     """
 
     def __init__(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.found: dict[str, Any] = {}
+        self.masks: list[tuple[torch.nn.Module, Any]] = []
 
     def input(self, name: str) -> Any:
         """An argument by name; the first positional one if the model calls its main input so. None if there is none."""

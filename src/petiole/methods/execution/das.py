@@ -32,15 +32,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from petiole.anatomy import Anatomy, Block, Site
+from petiole.anatomy import Anatomy, Site
 from petiole.attach import Substitute, site_seed
 from petiole.errors import AnatomyError, AttachError, ConfigError, TrainingError
 from petiole.method import Config, Method, Moment, Place
 from petiole.methods.adapters.bottleneck import Bottleneck
 from petiole.methods.execution import bandit
 from petiole.methods.execution.skipped import Prefix, Skippable, adds_residual
-
-SUBLAYERS = ("attention", "cross_attention", "mixer", "ffn")
 
 
 class Search(Config):
@@ -126,9 +124,9 @@ class DAS(Method):
                 yield Place(site, self.stand_in(name, site, name in skipped))
         gone = {units[name].path for name in skipped} if self.skip is not None else set()
         for block in (b for stack in anatomy.stacks if stack.name in stacks for b in stack.blocks):
-            for i, site in enumerate(parts := sublayers(block)):
+            for site in block.sublayers:
                 if block.path not in gone and (self.unit == "block" or site.path not in gone):
-                    yield self.beside(anatomy, block, parts, i)
+                    yield self.beside(anatomy, site)
 
     def stand_in(self, name: str, site: Site, skips: bool) -> Skippable:
         whole = self.unit == "block"
@@ -144,9 +142,9 @@ class DAS(Method):
             init="bert",
         )
 
-    def beside(self, anatomy: Anatomy, block: Block, parts: Sequence[Site], i: int) -> Place:
-        """The adapter of a block's sub-layer number i."""
-        site, closing = parts[i], anatomy.closing_norm(parts[i])
+    def beside(self, anatomy: Anatomy, site: Site) -> Place:
+        """The adapter of a sub-layer."""
+        closing = anatomy.closing_norm(site)
         if self.insertion == "sequential":
             adapter = Bottleneck(site.in_features, self.bottleneck, dropout=self.dropout, init="bert")
             return Place(site.at("input"), adapter)
@@ -156,7 +154,7 @@ class DAS(Method):
         if closing is not None:
             target = closing if site.role == "ffn" else site
             return Place(target.at("output"), adapter, read=site.at("input"))
-        return Place(site.at("output"), adapter, read=residual(block, parts, i))
+        return Place(site.at("output"), adapter, read=anatomy.residual(site))
 
     def units(self, anatomy: Anatomy) -> dict[str, Site]:
         """The candidates by name, in the order of execution.
@@ -168,7 +166,7 @@ class DAS(Method):
         for stack in anatomy.stacks:
             tables = [sum(s.kind == "embedding" for s in block.sites) for block in stack.blocks]
             for block, own in zip(stack.blocks, tables, strict=True):
-                for site in [s for s in block.sites if s.role == "block"] if self.unit == "block" else sublayers(block):
+                for site in [s for s in block.sites if s.role == "block"] if self.unit == "block" else block.sublayers:
                     name = f"{stack.name}.{block.depth}" if self.unit == "block" else site.key
                     why = self.unfit(anatomy, site)
                     if own > min(tables) and site.role in ("block", "attention"):
@@ -190,7 +188,7 @@ class DAS(Method):
             return f"{site.in_features} features go in and {site.out_features} come out"
         if site.repeats > 1:
             return f"it runs {site.repeats} times in a forward pass"
-        if site.role == "block" and not sublayers(anatomy.stack(site.stack).blocks[site.depth]):
+        if site.role == "block" and not anatomy.stack(site.stack).blocks[site.depth].sublayers:
             return "it has neither attention nor ffn, beside which adapters could stand"
         if site.role == "block":
             return "" if site.path.rpartition(".")[2].isdecimal() else "it stands in no list of blocks"
@@ -290,29 +288,6 @@ class DAS(Method):
         losses = moment.averaged(losses_of(moment, subnets)).cpu()
         values = bandit.rewards(losses.to(q), self.search.loss_scale)
         moment.state["preferences"] = bandit.updated(q, subnets, values, self.search.step_size)
-
-
-# ------------------------------------------------------------------------------------------------------------------- what sits where
-
-
-def sublayers(block: Block) -> list[Site]:
-    """Attentions and ffns of a block, in the order of execution."""
-    return sorted((s for s in block.sites if s.role in SUBLAYERS), key=lambda site: site.role == "ffn")
-
-
-def residual(block: Block, parts: Sequence[Site], i: int) -> Site:
-    """Where the residual stream can be read in front of sub-layer number i of a pre-norm block: at the input of its norm.
-
-    The first reads the block's input. Where there are norms behind sub-layers too, every second one is in front; where all are behind,
-    the stream is what the sub-layer is given.
-    """
-    if i == 0:
-        return next(site for site in block.sites if site.role == "block").at("input")
-    norms = [s for s in block.sites if s.role == "norm" and not s.within and s.in_features == parts[i].in_features]
-    if not norms or norms[0].path.rpartition(".")[2].startswith("post_"):
-        return parts[i].at("input")
-    before = norms[: 2 * len(parts) : 2] if len(norms) >= 2 * len(parts) else norms
-    return before[max(i - len(parts), -len(before))].at("input")
 
 
 # ------------------------------------------------------------------------------------------------------------------- in the search
