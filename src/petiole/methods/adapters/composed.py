@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from petiole.anatomy import Anatomy
-from petiole.errors import ConfigError
 from petiole.method import Delta, Method, Moment, Place
+from petiole.methods.adapters.presets import Presets
 
 
-class Composed(Method):
+class Composed(Presets):
     """A method that is a list of others, which do nothing over time. One of them at most may have a module that all of it shares."""
-
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # settings of the paper's, by name
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:
-        """Settings of the paper's.
-
-        Args:
-            name: a key of `presets`. changes: of its fields.
-
-        Raises:
-            ConfigError: no preset is called so, or a field has a value out of its range.
-        """
-        if name not in cls.presets:
-            raise ConfigError(f"no preset is called {name!r}: {', '.join(cls.presets)}")
-        return cls(**{**cls.presets[name], **changes})
 
     def parts(self) -> Sequence[Method]:
         """The methods, in the order in which they act at one place."""
