@@ -446,6 +446,29 @@ def test_training_goes_on_from_a_checkpoint_of_any_phase(tmp_path: Path) -> None
         assert torch.equal(scores(other.model), scores(tuned.model))
 
 
+@pytest.mark.parametrize("at", [3, 5])  # a mask trains, more entries are looked for
+def test_a_run_resumes_in_any_phase_to_the_same_bits(at: int, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in TOY.sentences(8, "b", generator())]
+    method = MASK.model_copy(update={"iterations": 2, "warmup_steps": 1})
+
+    def run(folder: Path, resume: Path | None = None) -> pt.Adaptation:
+        tuned = pt.attach(reader(), method)
+        args = TrainingArguments(
+            str(folder), report_to=[], use_cpu=True, save_steps=1, max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2,
+            weight_decay=0.1, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        pt.Trainer(model=tuned.model, args=args, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return tuned
+
+    whole = run(tmp_path / "whole")
+    again = run(tmp_path / "again", tmp_path / "whole" / f"checkpoint-{at}")
+    assert {n: toys.bits(t) for n, t in again.named_tensors(False).items()} == {
+        n: toys.bits(t) for n, t in whole.named_tensors(False).items()
+    }
+
+
 @pytest.mark.parametrize("kind", ["adapter", "mask"])
 def test_a_language_learned_by_guessing_words_serves_the_ranker(kind: str, tmp_path: Path) -> None:
     """Its file holds no output of the language model, and fits a model of another class on the same backbone."""

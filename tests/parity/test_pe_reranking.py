@@ -113,8 +113,7 @@ def sparse_masks(case: Case) -> None:
 
 
 def invertible_adapter(case: Case) -> None:
-    assert case.option("act") == "relu"
-    nice, x = NICE(case.option("d"), case.option("inv_reduction_factor")), case["in.x"]
+    nice, x = NICE(case.option("d"), case.option("inv_reduction_factor"), case.option("act")), case["in.x"]
     for name, parameter in nice.named_parameters():
         set_(parameter, case[f"param.{name}"])
     y = x + nice(x)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from petiole.anatomy import Anatomy
 from petiole.errors import AttachError
 from petiole.method import Base, HiddenDelta, Layers, Method, Place, layers_field, stack_field
-from petiole.methods.adapters.bottleneck import Bottleneck, Renormed
+from petiole.methods.adapters.bottleneck import ACTIVATIONS, Activation, Bottleneck, Renormed
 
 NOWHERE: Final = -1  # the scope of a delta that does not act
 
@@ -44,6 +44,7 @@ class TaskAdapter(Method):
     saves: ClassVar[str] = "optimiser state and checkpoint; one task adapter serves every language"
 
     reduction_factor: int = Field(16, ge=1, description="r = d / reduction_factor.")
+    activation: Activation = Field("relu", description="Between two projections.")
     layers: Layers = layers_field()
     stack: str | None = stack_field()
 
@@ -61,9 +62,11 @@ class TaskAdapter(Method):
             norm = anatomy.closing_norm(site)
             delta: Bottleneck
             if norm is None:
-                delta, place = Sequential(site.out_features, inner, init="bert"), site.at("output")
+                place = site.at("output")
+                delta = Sequential(place.size, inner, init="bert", activation=self.activation)
             else:
-                delta, place = Stacked(norm.path, norm.in_features, inner, init="bert"), norm.at("input")
+                place = norm.at("input")
+                delta = Stacked(norm.path, place.size, inner, init="bert", activation=self.activation)
             delta.innermost = innermost
             yield Place(place, delta, read=None if norm is None else site.at("output"))
 
@@ -95,7 +98,7 @@ class LanguageAdapter(TaskAdapter):
                 f"{self.slug}: width {size} has no halves that reduction_factor = {self.reduction_factor} leaves something of\n"
                 "invertible=False goes without the adapter on the embeddings"
             )
-        nice = NICE(size, self.reduction_factor)
+        nice = NICE(size, self.reduction_factor, self.activation)
         first = next(site for site in stack.blocks[0].sites if site.role == "block")
         yield Place(first.at("input"), nice)
         tables = [
@@ -149,18 +152,29 @@ class Stacked(Renormed):
         return within(self, v, lambda h: super(Stacked, self).forward(f, h))
 
 
+class Activated(nn.Module):
+    """h -> f(h), by the name of f"""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](h)
+
+
 class NICE(HiddenDelta):
     """e (..., d) -> Δ = (F(e₂), G(e₁ + F(e₂))), so that e + Δ can be undone and its Jacobian has determinant 1
 
     Args:
-        size: width d, even. reduction_factor: of F and G, whose inner width is d/2 / reduction_factor.
+        size: width d, even. reduction_factor: of F and G, whose inner width is d/2 / reduction_factor. activation: in them.
     """
 
-    def __init__(self, size: int, reduction_factor: int = 2) -> None:
+    def __init__(self, size: int, reduction_factor: int = 2, activation: Activation = "relu") -> None:
         super().__init__()
         half, inner = size // 2, size // 2 // reduction_factor
-        self.F = nn.Sequential(nn.Linear(half, inner), nn.ReLU(), nn.Linear(inner, half))
-        self.G = nn.Sequential(nn.Linear(half, inner), nn.ReLU(), nn.Linear(inner, half))
+        self.F = nn.Sequential(nn.Linear(half, inner), Activated(activation), nn.Linear(inner, half))
+        self.G = nn.Sequential(nn.Linear(half, inner), Activated(activation), nn.Linear(inner, half))
 
     def initialise(self, generator: torch.Generator, base: Base) -> None:
         for parameter in self.parameters():
