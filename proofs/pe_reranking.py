@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Report, options, step
+from common import Report, options, spread, step
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
@@ -140,7 +140,7 @@ def judged(test: Ranking) -> dict[str, dict[str, int]]:
 
 @torch.no_grad()
 def measured(model: Any, test: Ranking) -> dict[str, float]:
-    """MAP, both ways."""
+    """MAP, by all relevant documents and by those found; here all are ranked, so they are the same."""
     ids, types = test.input_ids.flatten(0, 1), test.token_type_ids.flatten(0, 1)
     scores = model(ids, token_type_ids=types).logits.view(test.relevant.shape)
     run = {str(q): {str(d): s for d, s in enumerate(row)} for q, row in enumerate(scores.tolist())}
@@ -221,20 +221,27 @@ def main() -> None:
         "pe-reranking",
         "Ranking across languages",
         ABOUT,
-        ("modules", "language of the documents b", "MAP", "MAP (reference)"),
+        ("modules", "language that acts", "MAP", "over seeds"),
     )
 
-    def mean(key: Any, metric: str = "map") -> float:
-        return statistics.mean(run[key][metric] if isinstance(run[key], dict) else run[key] for run in runs)
+    def found(key: Any) -> list[float]:
+        return [run[key]["map"] if isinstance(run[key], dict) else run[key] for run in runs]
 
-    report.row("none", "at random", mean("random"), "–")
-    labels = {"b": "b", "a": "a, of the training data", "none": "none", "home": "a, documents in a"}
+    report.row("none", "at random", statistics.mean(found("random")), spread(found("random")))
+    labels = {"b": "b, of the documents", "a": "a, of the training data", "home": "a, and documents in a"}
     for kind in MODULES:
         for label in ("b", "a", {"adapter": "split", "mask": "both"}[kind], "none", "home"):
-            report.row(f"{kind}s", labels.get(label, label), mean((kind, label)), mean((kind, label), "map_reference"))
-        b, a, chance = mean((kind, "b")), mean((kind, "a")), mean("random")
+            report.row(
+                f"{kind}s",
+                labels.get(label, label),
+                statistics.mean(found((kind, label))),
+                spread(found((kind, label))),
+            )
+        b, a, chance = (statistics.mean(found(key)) for key in ((kind, "b"), (kind, "a"), "random"))
+        least = min(one - other for one, other in zip(found((kind, "b")), found((kind, "a")), strict=True))
         report.require(
-            f"{kind}s: MAP with the documents' language {b:.3f} against {a:.3f} with the training language's, by 0.03 or more",
+            f"{kind}s: MAP with the documents' language {b:.3f} against {a:.3f} with the training language's, by 0.03 or more "
+            f"(by {least:.3f} or more in each seed)",
             b >= a + 0.03,
         )
         report.require(f"{kind}s: it is 0.2 or more above chance, {chance:.3f}", b >= chance + 0.2)
