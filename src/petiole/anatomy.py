@@ -133,6 +133,7 @@ class Stack:
         causal: whether its self-attention looks back only; None if that can't be told.
         attention_interface: whether all its attention goes through Transformers' attention functions, where it can be changed.
         containers: paths of the lists that hold the blocks.
+        returns_probabilities: whether its attentions, which have no interface, return their probabilities second, whatever is asked for.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Stack:
     causal: bool | None
     attention_interface: bool
     containers: tuple[str, ...]
+    returns_probabilities: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from petiole import attention, context, terms, tokens
 from petiole.adaptation import Adaptation
 from petiole.anatomy import Anatomy, Site, anatomy
+from petiole.attended import AttendedSlot, check_reads
 from petiole.context import Names, Recall
 from petiole.errors import AttachError, ConfigError
 from petiole.junction import (
@@ -41,6 +42,7 @@ from petiole.junction import (
 from petiole.method import (
     ASIDE,
     AroundDelta,
+    AttendedDelta,
     AttentionDelta,
     Base,
     BlockDelta,
@@ -264,6 +266,8 @@ def check_fits(method: Method, place: Place, found: Anatomy, module: nn.Module) 
             f"{method.slug} acts inside attention, but the attention of {found.model_class} ({site.stack}) does not go through "
             "Transformers' attention interface\nuse a method on hidden states or weights instead (lora, parallel-adapter, …)"
         )
+    if isinstance(delta, AttendedDelta):
+        check_reads(method.slug or type(method).__name__, place.read, found)
 
 
 def looks_up(module: nn.Module) -> bool:
@@ -718,7 +722,9 @@ class Host:
         for point in slot.points():
             self.junction(point.path, isinstance(slot, ParameterSlot)).add(slot, point)
         if isinstance(slot, AttentionSlot):
-            attention.switch_on(self, self.module(self.attention_module(slot.site)), slot.delta)
+            attention.switch_on(self, self.module(self.attention_module(slot.site)))
+        if isinstance(slot, AttendedSlot) and self.anatomy.stack(slot.attention.stack).attention_interface:
+            attention.switch_on(self, self.module(self.attention_module(slot.attention)))
         if isinstance(slot, BlockSlot):
             substitute(self, slot)
 
@@ -831,6 +837,7 @@ def beneath(module: nn.Module) -> nn.Module:
 
 KINDS: tuple[tuple[type[Delta], type[Slot]], ...] = (
     (WeightDelta, WeightSlot),
+    (AttendedDelta, AttendedSlot),
     (HiddenDelta, HiddenSlot),
     (ModuleDelta, ModuleSlot),
     (AroundDelta, AroundSlot),

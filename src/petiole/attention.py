@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from petiole.attended import AttendedSlot
 from petiole.errors import AttachError
 from petiole.junction import AttentionSlot, on_rows
 from petiole.method import AttentionDelta
@@ -26,7 +27,7 @@ PREFIX = "petiole_"
 SERVED = ("sdpa", "eager")
 
 
-def switch_on(host: Host, module: nn.Module, delta: AttentionDelta) -> None:
+def switch_on(host: Host, module: nn.Module) -> None:
     """Make `module`'s configuration name petiole's attention function.
 
     Raises:
@@ -109,8 +110,10 @@ def attention(
     """query (B, H, T, d), key and value (B, H_kv, S, d) -> heads (B, T, H, d) and, where they were formed, probabilities (B, H, T, S)."""
     function = original(name, module)
     junction = module._modules.get("petiole")
-    slots = [s for s, _ in junction.slots if isinstance(s, AttentionSlot) and s.acts()] if junction is not None else []  # type: ignore[union-attr]
-    if not slots:
+    acting = [s for s, p in junction.slots if not p.act and s.acts()] if junction is not None else []  # type: ignore[union-attr]
+    slots = [slot for slot in acting if isinstance(slot, AttentionSlot)]
+    readers = [slot for slot in acting if isinstance(slot, AttendedSlot)]
+    if not acting:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     for slot in slots:
         slot.fire()
@@ -127,10 +130,12 @@ def attention(
             if name == "sdpa" and query.device.type != "cpu":  # kernels there take a mask of the query's own type alone
                 attention_mask = attention_mask.to(query.dtype)
     weights: Tensor | None
-    if any(slot.delta.needs_probabilities for slot in slots):
+    if readers or any(slot.delta.needs_probabilities for slot in slots):
         output, weights = explicit(module, slots, query, key, value, attention_mask, *args, **kwargs)
     else:
         output, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+    for reader in readers:
+        reader.see(weights, query, value[:, :, : weights.shape[-1]])  # type: ignore[union-attr,arg-type]
     scaling = args[0] if args else kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     for slot in slots:

@@ -105,6 +105,7 @@ class Point:
     when: Literal["before", "after"]
     act: str
     owns: bool = False  # the delta is a child of this module
+    last: bool = False  # it looks at what all others have made of the output
 
 
 class Slot:
@@ -511,7 +512,8 @@ class Junction(nn.Module):
         if slot.delta.innermost:
             self.slots.insert(0, (slot, point))
         else:
-            self.slots.append((slot, point))
+            looking = 0 if point.last else sum(other.last for _, other in self.slots)
+            self.slots.insert(len(self.slots) - looking, (slot, point))
 
     def drop(self, slot: Slot) -> None:
         self.slots = [entry for entry in self.slots if entry[0] is not slot]

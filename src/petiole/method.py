@@ -172,6 +172,38 @@ class HiddenDelta(Delta):
             return None
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What one call of an attention computed, for the rows that a delta acts on.
+
+    Attributes:
+        probabilities: (B, heads, T, S), after softmax and before dropout.
+        query: (B, heads, T, d). value: (B, heads, S, d), those in a cache and extra ones in front; heads that share theirs have a copy
+            each. As the attention function got them; those of an attention without one, as their linears give them.
+    """
+
+    probabilities: Tensor
+    query: Tensor
+    value: Tensor
+
+    def index_select(self, dim: int, rows: Tensor) -> Attended:
+        """The same of some rows."""
+        return Attended(*(t.index_select(dim, rows) for t in (self.probabilities, self.query, self.value)))
+
+
+class AttendedDelta(HiddenDelta):
+    """A change of a hidden state by what an attention computed. `forward`: `Attended`, h (..., d) -> Δ (..., d).
+
+    Its place reads the attention and writes after it. It acts wherever the attention goes through Transformers' attention interface, or
+    returns its probabilities whatever it is asked for.
+    """
+
+    reads_both = True
+
+    def forward(self, attended: Attended, h: Tensor) -> Any:
+        raise NotImplementedError
+
+
 class OneRow:
     """The host of a delta that sees one row: what is given for the batch is not that row's."""
 

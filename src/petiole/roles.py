@@ -100,7 +100,7 @@ STACK_WORDS = {
     "vision": "vision vision_model vision_tower vision_encoder visual image_encoder vision_backbone",
     "audio": "audio audio_tower audio_model audio_encoder speech speech_encoder",
     "encoder": "encoder",
-    "decoder": "decoder",
+    "decoder": "decoder text_decoder",
     "down": "down_blocks downs",
     "mid": "mid_block mid",
     "up": "up_blocks ups",

@@ -392,12 +392,26 @@ def code_names(cls: type) -> set[str]:
     return found
 
 
+def attention_classes(model: nn.Module, blocks: list[Block]) -> set[type]:
+    """Of the modules that run the attentions of a stack."""
+    paths = [site.core for block in blocks for site in block.sites if site.role in ("attention", "cross_attention")]
+    return {type(model.get_submodule(path)) for path in paths}
+
+
 def through_interface(model: nn.Module, blocks: list[Block]) -> bool:
     """Whether every attention of a stack asks Transformers for its attention function."""
-    paths = [site.core for block in blocks for site in block.sites if site.role in ("attention", "cross_attention")]
-    return bool(paths) and all(
-        "ALL_ATTENTION_FUNCTIONS" in code_names(cls) for cls in {type(model.get_submodule(p)) for p in paths}
-    )
+    classes = attention_classes(model, blocks)
+    return bool(classes) and all("ALL_ATTENTION_FUNCTIONS" in code_names(cls) for cls in classes)
+
+
+def returns_probabilities(model: nn.Module, blocks: list[Block]) -> bool:
+    """Whether attentions without the interface return their probabilities second: their models tell Transformers to record them there."""
+    told = [getattr(type(module), "_can_record_outputs", None) or {} for _, module in modules(model)]
+    named = [part for each in told for name, part in each.items() if name in ("attentions", "cross_attentions")]
+    recorders = [one for part in named for one in (part if isinstance(part, list) else [part])]
+    known = {getattr(one, "target_class", one) for one in recorders if getattr(one, "index", 1) == 1}
+    classes = attention_classes(model, blocks)
+    return bool(classes) and classes <= known and not through_interface(model, blocks)
 
 
 def as_stack(model: nn.Module, row: Row, blocks: list[Block]) -> Stack:
@@ -406,7 +420,13 @@ def as_stack(model: nn.Module, row: Row, blocks: list[Block]) -> Stack:
         blocks = [replace(b, sites=tuple(replace(s, repeats=s.repeats * repeats) for s in b.sites)) for b in blocks]
     causal = looks_back(model, row)
     return Stack(
-        row.name, tuple(blocks), blocks[-1].hidden_size, causal, through_interface(model, blocks), tuple(row.containers)
+        row.name,
+        tuple(blocks),
+        blocks[-1].hidden_size,
+        causal,
+        through_interface(model, blocks),
+        tuple(row.containers),
+        returns_probabilities(model, blocks),
     )
 
 
