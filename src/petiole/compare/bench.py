@@ -80,7 +80,7 @@ class Bench:
 
         return self.settings.identity(
             model=f"{type(self.backbone).__name__} {digest(self.mark)}",
-            data=f"{self.task.name} {digest({name: sample(rows) for name, rows in self.data.splits.items()})}",
+            data=f"{self.task.name} {digest({name: sample(rows) for name, rows in [*self.data.splits.items(), *self.data.tables.items()]})}",
             versions={"petiole": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             device=self.device_name,
             forgetting_data=self.forgetting.digest if self.forgetting is not None else None,

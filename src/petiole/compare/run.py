@@ -199,8 +199,9 @@ class Round:
                 self.notes.append(f"{row.label} was left out: {facts.unfit[row.label]}")
                 continue
             self.rows.append(row)
-        from petiole.tasks import METRICS
+        from petiole.tasks import METRICS, registry
 
+        registry()  # every task has then entered its metrics, also where trials run in other processes
         metric = METRICS[facts.metric]
         self.metric, self.title, self.higher = metric.name, metric.title, metric.higher_is_better
         self.percent = metric.highest == 1.0

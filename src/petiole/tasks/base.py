@@ -60,6 +60,7 @@ class Task(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
+    tables: ClassVar[tuple[str, ...]] = ()  # that its rows refer to, beside the splits
     auto_model: ClassVar[str]
     auto_processor: ClassVar[str]
     metric_names: ClassVar[tuple[str, ...]]
@@ -198,11 +199,18 @@ class Task(ABC):
             DataError: there is no such split.
         """
         if split not in self._encoded:
-            rows = self.data.splits.get(split)
-            if rows is None:
-                raise DataError(f"{self.data.source}: no {split} split; there are {listed(self.data.splits)}")
-            self._encoded[split] = self.encode(rows, split)
+            self._encoded[split] = self.encode(self.rows(split), split)
         return self._encoded[split]
+
+    def rows(self, split: str) -> Any:
+        """The raw rows of a split.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if split not in self.data.splits:
+            raise DataError(f"{self.data.source}: no {split} split; there are {listed(self.data.splits)}")
+        return self.data.splits[split]
 
     @cached_property
     def _encoded(self) -> dict[str, Rows]:

@@ -34,6 +34,7 @@ class TaskData:
         notes: what was decided: columns guessed, splits made, rows left out.
         seed: of the splits.
         origins: split -> the file or folder it came from.
+        tables: what rows of every split refer to, by name: the corpus of a retrieval task.
     """
 
     task: str
@@ -46,6 +47,7 @@ class TaskData:
     notes: tuple[str, ...] = ()
     seed: int = 0
     origins: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Dataset] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -55,7 +57,9 @@ class TaskData:
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         classes = f", {len(self.label_names)} classes" if self.label_names else ""
-        return "\n".join([f"{self.source}: {self.task}{classes}; rows: {sizes}", *(f"  {note}" for note in self.notes)])
+        beside = "".join(f"; {len(rows)} {name}" for name, rows in self.tables.items())
+        first = f"{self.source}: {self.task}{classes}; rows: {sizes}{beside}"
+        return "\n".join([first, *(f"  {note}" for note in self.notes)])
 
 
 def load_data(
@@ -85,6 +89,7 @@ def load_data(
         source: a csv, tsv, json, jsonl, parquet or txt file (its rows are the train split); a folder with a file or folder for each
             split (train; validation, val or dev; test); the common beginning of such files (`text/trec6` for trec6-train.parquet and
             trec6-test.parquet); a folder of images or sounds with a folder for each class or a metadata.csv (file_name, label);
+            a collection to search, with files called corpus, queries and qrels (`retrieval/cranfield` for cranfield-corpus.parquet and so on);
             `sklearn:digits`; or a name on the Hub (owner/name, owner/name:subset), which alone uses the network.
         task: name of the task; "auto" takes the one that the columns fit.
         text, text_pair, label, image, audio, target: names of the columns; those not given are found by name and type.
@@ -133,6 +138,7 @@ def load_data(
         notes=tuple(raw.notes),
         seed=seed,
         origins=origins,
+        tables=raw.tables,
     )
 
 
@@ -184,12 +190,19 @@ def choose(raw: Raw, task: str, given: Mapping[str, str]) -> tuple[type[Task], d
             raise ConfigError(
                 f"{min(foreign)}: {task} has no such column\nIt has {listed(column.key for column in kind.columns)}."
             )
+        if set(kind.tables) != set(raw.tables):
+            others = [name for name, other in tasks.items() if set(other.tables) == set(raw.tables)]
+            raise DataError(
+                f"{raw.source}: {task} needs {' and '.join(kind.tables) or 'rows alone'}, and there is {' and '.join(raw.tables) or 'none'}\n"
+                f"Tasks that it could be: {', '.join(others)}."
+            )
         found = kind.guess(train.dataset, given)
         _complete(raw, kind, found, train)
     else:
         fits = []
         for kind in tasks.values():
-            if not kind.by_name_only and set(given) <= {column.key for column in kind.columns}:
+            its_own = set(kind.tables) == set(raw.tables) and set(given) <= {column.key for column in kind.columns}
+            if its_own and not kind.by_name_only:
                 found = kind.guess(train.dataset, given)
                 if not _lacking(kind, found):
                     fits.append((kind.specificity(), kind, found))

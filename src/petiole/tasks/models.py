@@ -86,7 +86,12 @@ def _name_classes(config: Any, names: Sequence[str]) -> None:
 
 
 def empty_model(
-    auto_class: str, place: ModelPlace, *, label_names: Sequence[str] = (), revision: str | None = None
+    auto_class: str,
+    place: ModelPlace,
+    *,
+    label_names: Sequence[str] = (),
+    revision: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The same model on the meta device: every shape and no value, for counting."""
     config = load_config(place, revision)
@@ -94,7 +99,7 @@ def empty_model(
         _name_classes(config, label_names)
     transformers = need("compare", "transformers")
     with torch.device("meta"):
-        return getattr(transformers, auto_class).from_config(config, **_NO_CODE).eval()
+        return getattr(transformers, auto_class).from_config(config, **(options or {}), **_NO_CODE).eval()
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

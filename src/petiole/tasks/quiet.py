@@ -1,12 +1,23 @@
-"""Other libraries' progress bars and load reports: off, unless someone watches a terminal."""
+"""Progress bars and load reports, those of other libraries too: off, unless someone watches a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from petiole.errors import need
+
+T = TypeVar("T")
+
+
+def bar(items: Iterable[T], title: str) -> Iterable[T]:
+    """The items with a progress bar, on a terminal and where they take more than two seconds."""
+    made: Iterable[T] = need("compare", "tqdm").tqdm(
+        items, desc=title, delay=2, leave=False, disable=not sys.stderr.isatty()
+    )
+    return made
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Find the splits of a data set, wherever it is: a Hub name, files, folders of files, images or sounds, the digits of scikit-learn."""
+"""Find the splits of a data set, wherever it is: a Hub name, files, folders of files, images or sounds, the digits of scikit-learn.
+
+Of a collection to search, a split is its queries; the corpus is a table beside the splits.
+"""
 
 from __future__ import annotations
 
@@ -98,12 +101,14 @@ class Raw:
         source: what the user asked for.
         remote: it came from the Hub, so the user can't edit it.
         notes: what was decided on the way.
+        tables: what rows of every split refer to, by name.
     """
 
     splits: dict[str, Split]
     source: str
     remote: bool = False
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, Dataset] = field(default_factory=dict)
 
 
 def read(
@@ -138,6 +143,8 @@ def read(
                 f"{text}: one file is the train split; it has no split {named[0]!r}\nGive the folder, or leave splits= out."
             )
         return Raw({"train": _tables([path])}, text)
+    if path.parent.is_dir() and (collection := _collection(path, text, chosen)):
+        return collection
     if path.is_dir():
         return _folder(path, text, chosen)
     if path.parent.is_dir() and (found := _of_prefix(path)):
@@ -368,6 +375,23 @@ def _one_naming(splits: dict[str, Split]) -> dict[str, Split]:
             split = replace(split, dataset=renumbered.cast_column("label", datasets.ClassLabel(names=names)))
         out[key] = split
     return out
+
+
+def _collection(path: Path, source: str, chosen: Mapping[str, str | None]) -> Raw | None:
+    """A corpus with judged queries, which are the rows; None if none is there."""
+    from petiole.tasks.retrieval.collection import documents, find, judged
+
+    found = find(path)
+    if found is None:
+        return None
+    notes: list[str] = []
+    corpus = documents(found.corpus, notes)
+    own = {"train": ""} if "" in found.qrels else _canonical(found.qrels, source, chosen, notes)
+    splits = {}
+    for split, name in own.items():
+        dataset, rows = judged(found, found.qrels[name], corpus["id"], split, notes)
+        splits[split] = Split(dataset, Origin(((str(found.queries), int(rows[-1]) + 1),)), rows)
+    return Raw(splits, source, notes=notes, tables={"corpus": corpus})
 
 
 # -------------------------------------------------------------------------------------------------------------- Hub, scikit-learn

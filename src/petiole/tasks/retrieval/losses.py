@@ -29,7 +29,10 @@ class BiEncoderLoss(nn.Module):
             raise ConfigError(f"BiEncoderLoss.temperature = {temperature}: above 0")
         self.temperature, self.in_batch = temperature, in_batch
 
-    def forward(self, queries: Tensor, passages: Tensor, negatives: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, passages: Tensor, negatives: Tensor | None = None, ignored: Tensor | None = None
+    ) -> Tensor:
+        """ignored: (B, B + B n), in-batch passages and negatives that don't count, such as others that are relevant, too."""
         if queries.shape != passages.shape or queries.ndim != 2:
             raise ConfigError(
                 f"queries {tuple(queries.shape)} and passages {tuple(passages.shape)}: one passage for each query, both (B, d)"
@@ -39,8 +42,14 @@ class BiEncoderLoss(nn.Module):
             hard = wide(negatives) if negatives is not None else p.new_zeros(len(p), 0, p.shape[1])
             if hard.ndim != 3 or (hard.shape[0], hard.shape[2]) != q.shape:
                 raise ConfigError(f"negatives {tuple(hard.shape)}: (B, n, d), with queries {tuple(q.shape)}")
+            if ignored is not None and not (
+                self.in_batch and ignored.shape == (len(q), len(p) + hard.shape[:2].numel())
+            ):
+                raise ConfigError(f"ignored {tuple(ignored.shape)}: (B, B + B n), with in_batch=True alone")
             if self.in_batch:
                 scores = q @ torch.cat([p, hard.flatten(0, 1)]).T  # (B, B + B n)
+                if ignored is not None:
+                    scores = scores.masked_fill(ignored, float("-inf"))
                 positive = torch.arange(len(q), device=q.device)
             else:
                 scores = torch.cat([(q * p).sum(1, keepdim=True), (hard @ q.unsqueeze(2)).squeeze(2)], 1)  # (B, 1 + n)
