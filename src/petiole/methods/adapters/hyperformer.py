@@ -35,7 +35,7 @@ from petiole.methods.adapters.hypernetwork import (
     AdapterGenerator,
     AdapterWeights,
     Conditioning,
-    Hypernetwork,
+    NormGenerator,
     dense,
 )
 from petiole.methods.adapters.multitask import TaskAdapters
@@ -207,17 +207,6 @@ class Writer(nn.Module):
         return [
             dict(zip(parts, values, strict=True)) for values in zip(*(p.unbind() for p in parts.values()), strict=True)
         ]
-
-
-class NormGenerator(Hypernetwork):
-    """z (..., pj) -> gain and shift of a LayerNorm, two (..., d)"""
-
-    def __init__(self, projected: int, size: int) -> None:
-        super().__init__()
-        self.gain, self.shift = nn.Linear(projected, size), nn.Linear(projected, size)
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gain(z), self.shift(z)
 
 
 class Written(HiddenDelta):

@@ -40,15 +40,12 @@ class AdapterWeights(NamedTuple):
 
     Attributes:
         down: (..., r, d). down_bias: (..., r). up: (..., d, r). up_bias: (..., d).
-        gain, shift: of a LayerNorm before or after the adapter, (..., d); None where there is none.
     """
 
     down: Matrix
     down_bias: Tensor
     up: Matrix
     up_bias: Tensor
-    gain: Tensor | None = None
-    shift: Tensor | None = None
 
 
 class Hypernetwork(nn.Module):
@@ -104,17 +101,25 @@ class AdapterGenerator(Hypernetwork):
     Args:
         projected: pj. size: width d. bottleneck: r.
         rank: k, of matrices in two factors; None for dense ones.
-        norm: whether a LayerNorm's gain and shift are generated, too.
     """
 
-    def __init__(self, projected: int, size: int, bottleneck: int, rank: int | None = None, norm: bool = False) -> None:
+    def __init__(self, projected: int, size: int, bottleneck: int, rank: int | None = None) -> None:
         super().__init__()
         self.down = MatrixGenerator(projected, bottleneck, size, rank)
         self.down_bias = nn.Linear(projected, bottleneck)
         self.up = MatrixGenerator(projected, size, bottleneck, rank)
         self.up_bias = nn.Linear(projected, size)
-        self.gain, self.shift = (nn.Linear(projected, size) if norm else None for _ in range(2))
 
     def forward(self, z: Tensor) -> AdapterWeights:
-        gain, shift = (None if linear is None else linear(z) for linear in (self.gain, self.shift))
-        return AdapterWeights(self.down(z), self.down_bias(z), self.up(z), self.up_bias(z), gain, shift)
+        return AdapterWeights(self.down(z), self.down_bias(z), self.up(z), self.up_bias(z))
+
+
+class NormGenerator(Hypernetwork):
+    """z (..., pj) -> gain and shift of a LayerNorm, two (..., d)"""
+
+    def __init__(self, projected: int, size: int) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Linear(projected, size), nn.Linear(projected, size)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gain(z), self.shift(z)

@@ -11,7 +11,7 @@ h is the output of an attention (self or cross) or of an ffn, before dropout, re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -91,6 +91,19 @@ class SharedAdapters(TaskAdapters):
         return nn.Linear, nn.Linear
 
 
+class Options(Protocol):
+    """What an adapter asks of its method."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def activation(self) -> Activation: ...
+    @property
+    def norm_before(self) -> bool: ...
+    @property
+    def norm_after(self) -> bool: ...
+
+
 class TaskBottleneck(HiddenDelta):
     """h (..., d) -> Δh (..., d), by the adapter of the row's task
 
@@ -99,9 +112,7 @@ class TaskBottleneck(HiddenDelta):
         down, up: make one half.
     """
 
-    def __init__(
-        self, size: int, bottleneck: int, method: TaskAdapters, sharing: Sharing, down: Half, up: Half
-    ) -> None:
+    def __init__(self, size: int, bottleneck: int, method: Options, sharing: Sharing, down: Half, up: Half) -> None:
         super().__init__()
         self.tasks, self.activation = method.tasks, method.activation
         one = (SHARED,)

@@ -1,0 +1,466 @@
+"""Polyhistor: adapters of several dense tasks, written by hypernetworks for every width of a backbone.  Liu et al. 2022, arXiv 2210.03265.
+
+    h  <-  h + W_up φ( W_down h + b_down ) + b_up              W_down (n, w), W_up (w, n), n = w / ρ
+    z  =   LN( W₂ ReLU( W₁ c ) )                               matrices (o, i) = P Q, with P (o, k) and Q (k, i) from one linear of z
+
+    full     a net and generators of its own in each block, c = e_task
+    lite     one net and one pair of generators, for the first stage's width d₀ (n₀ = d₀ / ρ), c = [e_task, e_layer,j]. A block of width s d₀
+             has s embeddings e_layer,j, so s templates T_j, and  W = Σ_j K_j ⊗ T_j,  b = Σ_j k_j ⊗ b_j  (j < s; s = 1: T_1 itself)
+    adapters ordinary ones of each task: what `materialise` leaves, and what to compare with
+
+K (s, s, s) and k (s, s) are a block's, the same for W_down and W_up. W is never formed: with T = P Q a token costs s² (d₀ + n₀) k multiply-adds
+in the place of s² d₀ n₀.
+
+Sits     at the output of each ffn (serial), or beside it, fed by the residual stream (parallel); with `sites` after attention, too. One task
+         in a forward pass: `with pt.given(model, task="depth")`.
+Trains   lite: (2 te hid + hid) + (hid pj + pj) + 2 pj + 2 (pj + 1)(n₀ + d₀) k + (pj + 1)(n₀ + d₀), te for each task and each e_layer,j, and
+         s³ + s² for each block with s > 1; in a model with a decoder for each task also a norm of each task behind each stage.
+Starts   near the backbone: generators are N(0, 0.01²), kernels and embeddings N(0, 1).
+Merges   no: φ stands in between. `materialise(tuned, task)` leaves one task's ordinary adapters.
+
+Relations: `hyperformer` writes dense matrices of one width: pj · o i numbers each, where here it is pj (o + i) k. `mtlora` runs all tasks in
+one pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from petiole.adaptation import Adaptation
+from petiole.anatomy import Anatomy, Site, Stack
+from petiole.attach import refitted
+from petiole.errors import AttachError, ConfigError
+from petiole.method import AroundDelta, Delta, HiddenDelta, Layers, Method, Place, layers_field, stack_field, wide
+from petiole.methods.adapters import kronecker
+from petiole.methods.adapters.bottleneck import ACTIVATIONS, Activation
+from petiole.methods.adapters.hypernetwork import (
+    AdapterGenerator,
+    AdapterWeights,
+    Conditioning,
+    Factors,
+    NormGenerator,
+    dense,
+)
+from petiole.methods.adapters.multitask import TaskBottleneck
+from petiole.methods.adapters.tasks import Asked, TaskNames, asked, by_task, tasks_field
+from petiole.methods.prompts.kept import Kept
+from petiole.multitask.branching import stages
+
+
+class Polyhistor(Method):
+    """Adapters for several dense tasks from few numbers."""
+
+    slug: ClassVar[str] = "polyhistor"
+    title: ClassVar[str] = "Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks"
+    paper: ClassVar[str] = "2210.03265"
+    saves: ClassVar[str] = "optimiser state and checkpoint; several tasks on one backbone"
+    idles: ClassVar[str] = "what belongs to a task learns from that task's loss alone"
+    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+
+    tasks: TaskNames = tasks_field()
+    variant: Literal["lite", "full", "adapters"] = Field("lite", description="Who writes the adapters, see above.")
+    reduction_factor: int = Field(4, ge=1, description="ρ: width over bottleneck; it divides the first stage's.")
+    rank: int = Field(1, ge=1, description="k: rank of a generated matrix, or of a template.")
+    rank_ratio: float | None = Field(None, gt=0, description="k as a share: max(1, ⌊min(o, i) / ratio⌋), for `rank`.")
+    task_embedding_dim: int = Field(64, ge=1, description="te: width of the embeddings of tasks, layers and sites.")
+    hidden_dim: int = Field(128, ge=1, description="hid: inner width of the net that turns embeddings into z.")
+    projected_dim: int = Field(64, ge=1, description="pj: width of z.")
+    sites: tuple[Literal["ffn", "attention"], ...] = Field(
+        ("ffn",), min_length=1, description="After which sub-layers."
+    )
+    insertion: Literal["serial", "parallel"] = Field(
+        "serial", description="Fed by the sub-layer's output, or by the residual stream in front of it."
+    )
+    kernel_order: Literal["front", "back"] = Field("front", description="K ⊗ T, or T ⊗ K.")
+    kernel_init: Literal["normal", "identity"] = Field(
+        "normal", description="identity: template j is the j-th block on the diagonal."
+    )
+    activation: Activation = Field("gelu_tanh", description="φ.")
+    norm_before: bool = Field(False, description="A generated LayerNorm before an adapter.")
+    norm_after: bool = Field(False, description="A generated LayerNorm after an adapter, before it is added.")
+    output_norms: bool = Field(True, description="A norm of each task behind each stage, where decoders read by task.")
+    layers: Layers = layers_field()
+    stack: str | None = stack_field()
+
+    # ---- what sits where
+
+    def deltas_on(self, anatomy: Anatomy, model: nn.Module) -> Iterator[Place]:
+        yield from self.deltas(anatomy)
+        own = getattr(model, "tasks", None)  # of a model that has a decoder for each
+        if self.output_norms and isinstance(own, tuple):
+            if unknown := [task for task in self.tasks if task not in own]:
+                raise ConfigError(f"Polyhistor.tasks: {unknown[0]!r} is none of the model's tasks: {', '.join(own)}")
+            yield from self.norms(anatomy.stack(self.stack))
+
+    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+        for name, (site, bottleneck) in self.places(anatomy).items():
+            delta: HiddenDelta
+            if self.variant == "adapters":
+                delta = TaskBottleneck(site.in_features, bottleneck, self, "multiple", nn.Linear, nn.Linear)
+            else:
+                delta = Written(self, name)
+            if self.insertion == "serial":
+                yield Place(site.at("output"), delta)
+            else:
+                yield Place(self.joins(anatomy, site), delta, read=anatomy.residual(site))
+
+    def places(self, anatomy: Anatomy) -> dict[str, tuple[Site, int]]:
+        """Sub-layers by name, and the bottleneck of each adapter.
+
+        Raises:
+            AttachError: ρ does not divide a width.
+        """
+        sites = [site for role in dict.fromkeys(self.sites) for site in anatomy.sites([role], self.layers, self.stack)]
+        for site in sites:
+            if site.out_features % self.reduction_factor or site.in_features != site.out_features:
+                raise AttachError(
+                    f"polyhistor: {site.key} is {site.out_features} wide, which reduction_factor = {self.reduction_factor} does not divide"
+                )
+        return {site.key.replace(".", "_"): (site, site.out_features // self.reduction_factor) for site in sites}
+
+    def joins(self, anatomy: Anatomy, site: Site) -> Site:
+        """Where what runs beside a sub-layer is added: behind stochastic depth, where the sub-layer ends the block."""
+        block = anatomy.stack(site.stack).blocks[site.depth]
+        if anatomy.closing_norm(site) is None and block.sublayers[-1].path == site.path:
+            return next(s for s in block.sites if s.role == "block").at("output")
+        return site.at("output")
+
+    def norms(self, stack: Stack) -> Iterator[Place]:
+        """A task's norms: of what follows a stage (patch merging, if there is one), and of the last block's output."""
+        by_stage, last = stages(stack), stack.blocks[-1]
+        begins = {after[0].depth: before[-1].depth for before, after in pairwise(by_stage)}
+        for block in stack.blocks:
+            ends = {"input": begins.get(block.depth), "output": block.depth if block is last else None}
+            if depths := {side: depth for side, depth in ends.items() if depth is not None}:
+                site = next(site for site in block.sites if site.role == "block")
+                yield Place(site, OutputNorm(self.tasks, block.hidden_size, depths))
+
+    def shared(self, anatomy: Anatomy) -> nn.Module | None:
+        if self.variant == "adapters":
+            return None
+        places = self.places(anatomy)
+        return Lite(self, places) if self.variant == "lite" else Full(self, places)
+
+    def bind(self, deltas: Mapping[str, Delta], shared: nn.Module | None) -> None:
+        for delta in deltas.values():
+            if isinstance(delta, Written) and isinstance(shared, Writers):
+                delta.source = (shared,)  # in a tuple, so that it is not registered once more
+
+    def rank_of(self, out_size: int, in_size: int) -> int:
+        """k of an (o, i) matrix."""
+        least = min(out_size, in_size)
+        rank = self.rank if self.rank_ratio is None else max(1, int(least / self.rank_ratio))
+        if rank > least:
+            warnings.warn(f"polyhistor: rank = {rank} is above {least}, the rank of a whole matrix", stacklevel=2)
+        return rank
+
+
+# ------------------------------------------------------------------------------------------------------------------- what is written
+
+
+class Adapter(NamedTuple):
+    """One adapter, put together where it is used.
+
+    Attributes:
+        parts: of one code for each template; matrices (s, o, i) in two factors, vectors (s, o).
+        norms: gain and shift by name, (s, w) each.
+        kernel, bias_kernel: K (s, s, s) and k (s, s); None where s = 1.
+    """
+
+    parts: AdapterWeights
+    norms: dict[str, tuple[Tensor, Tensor]]
+    kernel: Tensor | None
+    bias_kernel: Tensor | None
+    front: bool
+
+    def times(self, x: Tensor, matrix: Factors) -> Tensor:
+        """x (..., i) -> W x (..., o), without forming W"""
+        if self.kernel is None:
+            return linear(linear(x, matrix.Q[0]), matrix.P[0])
+        K, T = self.kernel.mT, (matrix.Q.mT, matrix.P.mT)
+        return kronecker.product(x, K, T) if self.front else kronecker.product(x, T, K)
+
+    def whole(self, matrix: Factors) -> Tensor:
+        """W (o, i)"""
+        if self.kernel is None:
+            return dense(matrix)[0]
+        T = dense(matrix)
+        return kronecker.dense(self.kernel, T) if self.front else kronecker.dense(T, self.kernel)
+
+    def vector(self, templates: Tensor) -> Tensor:
+        """b (o,) of (s, o / s)"""
+        if self.bias_kernel is None:
+            return templates[0]
+        k, b = wide(self.bias_kernel), wide(templates)
+        return torch.einsum("ju,jm->um" if self.front else "ju,jm->mu", k, b).flatten()
+
+
+class Writers(nn.Module):
+    """Everything that trains: embeddings of the tasks, and what writes the adapters of each.
+
+    Args:
+        method: whose fields hold. places: sub-layers by name.
+    """
+
+    def __init__(self, method: Polyhistor, places: Mapping[str, tuple[Site, int]]) -> None:
+        super().__init__()
+        te = method.task_embedding_dim
+        self.method = method
+        self.tasks = nn.ParameterDict({task: nn.Parameter(torch.empty(te)) for task in method.tasks})
+        kinds = list(dict.fromkeys(site.role for site, _ in places.values()))
+        self.kind_of = {name: kinds.index(site.role) for name, (site, _) in places.items()}
+        self.kinds = nn.Parameter(torch.empty(len(kinds), te)) if len(kinds) > 1 else None
+        self.kept = Kept()
+
+    def conditioning(self, embeddings: int) -> Conditioning:
+        """The net that turns so many embeddings, and that of the kind of site, into z."""
+        count = embeddings + (self.kinds is not None)
+        return Conditioning(count * self.method.task_embedding_dim, self.method.hidden_dim, self.method.projected_dim)
+
+    def generator(self, size: int, bottleneck: int) -> nn.ModuleDict:
+        """What writes an adapter of this size, and its norms."""
+        method = self.method
+        made = AdapterGenerator(method.projected_dim, size, bottleneck, method.rank_of(bottleneck, size))
+        found = nn.ModuleDict({"adapter": made})
+        for name in ("norm_before", "norm_after"):
+            if getattr(method, name):
+                found[name] = NormGenerator(method.projected_dim, size)
+        return found
+
+    def initialise(self, generator: torch.Generator) -> None:
+        for parameter in self.parameters():
+            parameter.normal_(generator=generator)  # embeddings and kernels; the rest follows
+        for module in self.modules():
+            if isinstance(module, (Conditioning, AdapterGenerator, NormGenerator)):
+                module.initialise(generator)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def adapters(self, host: Any, task: Asked) -> dict[tuple[str, str], Adapter]:
+        """By task and name, of the tasks of this forward pass; written once in it."""
+        names = (task,) if isinstance(task, str) else tuple(sorted(set(task)))
+        parts = [
+            p for n, p in self.named_parameters() if not n.startswith("tasks.") or n.removeprefix("tasks.") in names
+        ]
+
+        def write() -> dict[tuple[str, str], Adapter]:
+            return {(t, name): adapter for t in names for name, adapter in self.write(self.tasks[t]).items()}
+
+        return host.once(f"polyhistor {id(self)} {names}", lambda: self.kept(parts, write))
+
+    def write(self, e: Tensor) -> dict[str, Adapter]:
+        """The adapters of one task by name, from its embedding (te,)."""
+        raise NotImplementedError
+
+    def code(self, name: str, *embeddings: Tensor) -> Tensor:
+        """Embeddings (s, te) each, and that of the kind of site -> c (s, code)"""
+        found = list(embeddings)
+        if self.kinds is not None:
+            found.append(self.kinds[self.kind_of[name]].expand(len(embeddings[0]), -1))
+        return torch.cat(found, -1)
+
+    def generated(self, generator: nn.ModuleDict, z: Tensor) -> tuple[AdapterWeights, dict[str, tuple[Tensor, Tensor]]]:
+        norms = {name: module(z) for name, module in generator.items() if name != "adapter"}
+        return generator["adapter"](z), norms
+
+
+class Full(Writers):
+    """A net and generators for each block."""
+
+    def __init__(self, method: Polyhistor, places: Mapping[str, tuple[Site, int]]) -> None:
+        super().__init__(method, places)
+        self.block_of = {name: f"{site.stack}_{site.depth}" for name, (site, _) in places.items()}
+        sizes = {self.block_of[name]: (site.out_features, r) for name, (site, r) in places.items()}
+        self.nets = nn.ModuleDict({block: self.conditioning(1) for block in sizes})
+        self.generators = nn.ModuleDict({block: self.generator(*size) for block, size in sizes.items()})
+
+    def write(self, e: Tensor) -> dict[str, Adapter]:
+        found = {}
+        for name, block in self.block_of.items():
+            z = self.nets[block](self.code(name, e[None]))
+            found[name] = Adapter(*self.generated(self.generators[block], z), None, None, True)  # type: ignore[arg-type]
+        return found
+
+
+class Lite(Writers):
+    """One net and one pair of generators, and kernels that bring templates to each width.
+
+    Raises:
+        AttachError: a width is no multiple of the first one's.
+    """
+
+    def __init__(self, method: Polyhistor, places: Mapping[str, tuple[Site, int]]) -> None:
+        super().__init__(method, places)
+        first = next(iter(places.values()))[0].out_features
+        for site, _ in places.values():
+            if site.out_features % first:
+                raise AttachError(
+                    f"polyhistor: {site.key} is {site.out_features} wide, no multiple of the first width {first}, as variant='lite' wants\n"
+                    "variant='full' takes any widths"
+                )
+        self.scales = {name: site.out_features // first for name, (site, _) in places.items()}
+        self.net = self.conditioning(2)
+        self.templates = self.generator(first, first // method.reduction_factor)
+        te = method.task_embedding_dim
+        self.layers = nn.ParameterDict()  # of a block, whatever sites it has
+        self.kernels, self.bias_kernels = nn.ParameterDict(), nn.ParameterDict()
+        self.block_of = {name: f"{site.stack}_{site.depth}" for name, (site, _) in places.items()}
+        for name, s in self.scales.items():
+            if self.block_of[name] not in self.layers:
+                self.layers[self.block_of[name]] = nn.Parameter(torch.empty(s, te))
+            if s > 1:
+                self.kernels[name] = nn.Parameter(torch.empty(s, s, s))
+                self.bias_kernels[name] = nn.Parameter(torch.empty(s, s))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        super().initialise(generator)
+        if self.method.kernel_init == "identity":
+            for kernel in self.kernels.values():
+                kernel.copy_(torch.diag_embed(torch.eye(len(kernel))))
+            for kernel in self.bias_kernels.values():
+                kernel.copy_(torch.eye(len(kernel)))
+
+    def write(self, e: Tensor) -> dict[str, Adapter]:
+        layers = {name: self.layers[block] for name, block in self.block_of.items()}
+        codes = [self.code(name, e.expand(len(own), -1), own) for name, own in layers.items()]
+        parts, norms = self.generated(self.templates, self.net(torch.cat(codes)))  # of all blocks at once
+        found, at, front = {}, 0, self.method.kernel_order == "front"
+        for name, s in self.scales.items():
+            rows = slice(at, at + s)
+            own = AdapterWeights(*(cut(part, rows) for part in parts))
+            own_norms = {n: (gain[rows], shift[rows]) for n, (gain, shift) in norms.items()}
+            kernel, bias_kernel = (kind[name] if s > 1 else None for kind in (self.kernels, self.bias_kernels))
+            found[name] = Adapter(own, own_norms, kernel, bias_kernel, front)
+            at += s
+        return found
+
+
+def cut(part: Any, rows: slice) -> Any:
+    """Some codes' matrices in two factors, or vectors."""
+    return Factors(part.P[rows], part.Q[rows]) if isinstance(part, Factors) else part[rows]
+
+
+class Written(HiddenDelta):
+    """h (..., w) -> Δh (..., w), by the adapter that is written for the row's task
+
+    Args:
+        method: whose fields hold. name: of the place.
+    """
+
+    publishes = True  # adapters are written once, by whoever comes first, so their graph must not be cut there
+
+    def __init__(self, method: Polyhistor, name: str) -> None:
+        super().__init__()
+        self.tasks, self.activation, self.name = method.tasks, method.activation, name
+        self.source: tuple[Writers, ...] = ()
+
+    def forward(self, h: Tensor) -> Tensor:
+        task = asked(self.host, self.tasks)
+        adapters = self.source[0].adapters(self.host, task)
+        return by_task(h, task, lambda own, name: self.change(own, adapters[name, self.name]))
+
+    def change(self, h: Tensor, adapter: Adapter) -> Tensor:
+        """Δh, by one adapter; sums over templates are taken in float32."""
+        kind, parts = h.dtype, adapter.parts
+        with torch.autocast(h.device.type, enabled=False):
+            h = normed(wide(h).to(parts.down_bias.dtype), adapter, "norm_before")
+            h = adapter.times(h, parts.down) + adapter.vector(parts.down_bias)  # type: ignore[arg-type]
+            h = ACTIVATIONS[self.activation](h)
+            h = adapter.times(h, parts.up) + adapter.vector(parts.up_bias)  # type: ignore[arg-type]
+            return normed(h, adapter, "norm_after").to(kind)
+
+    @torch.no_grad()
+    def of_task(self, task: str) -> dict[str, Tensor]:
+        """The state of an ordinary adapter for this task."""
+        adapter = self.source[0].adapters(self.host, task)[task, self.name]
+        parts = adapter.parts
+        state = {
+            f"down.{task}.weight": adapter.whole(parts.down),  # type: ignore[arg-type]
+            f"down.{task}.bias": adapter.vector(parts.down_bias),
+            f"up.{task}.weight": adapter.whole(parts.up),  # type: ignore[arg-type]
+            f"up.{task}.bias": adapter.vector(parts.up_bias),
+        }
+        for name, (gain, shift) in adapter.norms.items():
+            state |= {f"{name}.weight": adapter.vector(gain), f"{name}.bias": adapter.vector(shift)}
+        return state
+
+
+def normed(h: Tensor, adapter: Adapter, name: str) -> Tensor:
+    """h through a norm that was written, if one was."""
+    if name not in adapter.norms:
+        return h
+    gain, shift = (adapter.vector(part) for part in adapter.norms[name])
+    return layer_norm(h, h.shape[-1:], gain, shift)
+
+
+class OutputNorm(AroundDelta):
+    """A norm of each task on what its decoder reads of a stage; the backbone goes on as it was.
+
+    Args:
+        size: width. depths: of the block after which a stage ends, at the input or the output of that at which this sits.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], size: int, depths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.tasks, self.depths = tasks, depths
+        self.norms = nn.ModuleDict(
+            {side: nn.ModuleDict({task: nn.LayerNorm(size) for task in tasks}) for side in depths}
+        )
+
+    def enter(self, h: Tensor) -> Tensor:
+        self.publish("input", h)
+        return h
+
+    def leave(self, y: Tensor, h: Tensor) -> Tensor:
+        self.publish("output", y)
+        return y
+
+    def publish(self, side: str, h: Tensor) -> None:
+        task = asked(self.host, self.tasks)
+        if side in self.depths and isinstance(task, str):
+            self.host.streams.publish(self.depths[side], {task: self.of(side, task)(h)})
+
+    def of(self, side: str, task: str) -> nn.LayerNorm:
+        return self.norms[side][task]  # type: ignore[index]
+
+    def of_task(self, task: str) -> dict[str, Tensor]:
+        return {
+            f"norms.{side}.{task}.{name}": value
+            for side in self.depths
+            for name, value in self.of(side, task).state_dict().items()
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------------------ one task
+
+
+def materialise(tuned: Adaptation, task: str) -> Adaptation:
+    """Leave one task's ordinary adapters, IN PLACE: no hypernetwork at inference, and a file that holds one task alone.
+
+    Returns:
+        The new handle, of the same name. Copy the model first to keep the tasks together.
+
+    Raises:
+        ConfigError: none of the methods has this task.
+        AttachError: it is merged.
+    """
+    mine = {i: m for i, m in enumerate(tuned.methods) if isinstance(m, Polyhistor)}
+    known = sorted({name for method in mine.values() for name in method.tasks})
+    if task not in known:
+        raise ConfigError(f"task = {task!r} is none of {', '.join(known) or 'this adaptation, which has no tasks'}")
+    made: dict[str, Tensor] = {}
+    for slot in tuned.slots:
+        delta = slot.delta
+        if isinstance(delta, (Written, OutputNorm)) and slot.number in mine:
+            made |= {f"{slot.key}:{name}": value for name, value in delta.of_task(task).items()}
+    fields = {"variant": "adapters", "tasks": (task,)}
+    methods = [m.model_copy(update=fields) if i in mine else m for i, m in enumerate(tuned.methods)]
+    return refitted(tuned, methods, made)
