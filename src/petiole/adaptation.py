@@ -161,6 +161,16 @@ class Adaptation:
 
         check(self, batch, loss)
 
+    def train(self, mode: bool = True) -> Adaptation:
+        """Put what trains into training mode, the task head included, and leave the rest of the model as it is.
+
+        After `model.eval()` the backbone's dropout stays off, and batch statistics of deltas move all the same.
+        """
+        owners = {name.rpartition(".")[0] for name in self.own}
+        for module in (*(module for _, module in self.modules()), *map(self.host.module, owners)):
+            module.train(mode)
+        return self
+
     def calibrate(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Let the methods that learn from data before training look at these batches, as every trainer does before its first step."""
         for number, method in enumerate(self.methods):

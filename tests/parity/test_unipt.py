@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from linears import Case, cases, set_
-from petiole.methods.side.beside import BatchNorm
+from petiole.methods.adapters.batchnorm import BatchNorm
 from petiole.methods.side.unipt import Head, PooledHead, StageHead
 
 TOLERANCE = 1e-5

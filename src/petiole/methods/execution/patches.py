@@ -40,6 +40,30 @@ def image_stack(found: Anatomy) -> Stack:
     return towers[0]
 
 
+def embedding_owners(embedding: Site, stack: Stack, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules around a patch embedding that do not hold the blocks, outermost first, by path."""
+    names = embedding.path.split(".")
+    paths = [".".join(names[:n]) for n in range(len(names) + 1)]
+    return [(path, model.get_submodule(path)) for path in paths if not stack.blocks[0].path.startswith(f"{path}.")]
+
+
+def own_tokens(owners: list[tuple[str, nn.Module]], stack: Stack) -> list[tuple[str, int]]:
+    """Names of the parameters that are tokens, and how many each is."""
+    return [
+        (name, p.numel() // stack.hidden_size)
+        for _, owner in owners
+        for name, p in owner.named_parameters(recurse=False)
+        if p.ndim and p.shape[-1] == stack.hidden_size and ("token" in name or name in FRONT) and "mask" not in name
+    ]
+
+
+def front_tokens(found: Anatomy, stack: Stack, model: nn.Module) -> list[tuple[str, int]]:
+    """The tokens that a model puts in front of its patches: name, and how many. [] where it has none, or no patches."""
+    site = next((site for site in found.outside if site.role == "patch_embedding"), None)
+    own = [] if site is None else own_tokens(embedding_owners(site, stack, model), stack)
+    return [(name, count) for name, count in own if name in FRONT]
+
+
 def tokens(found: Anatomy, stack: Stack, model: nn.Module, protected: int | None) -> Tokens:
     """Look at the modules that embed an image.
 
@@ -47,14 +71,8 @@ def tokens(found: Anatomy, stack: Stack, model: nn.Module, protected: int | None
         AttachError: there is no class token, or there are tokens of an unknown kind, or the head needs the grid of patches.
     """
     site = next(site for site in found.outside if site.role == "patch_embedding")
-    paths = [".".join(site.path.split(".")[:n]) for n in range(len(site.path.split(".")) + 1)]
-    owners = [(path, model.get_submodule(path)) for path in paths if not stack.blocks[0].path.startswith(f"{path}.")]
-    own = [
-        (name, p.numel() // stack.hidden_size)
-        for path, owner in owners
-        for name, p in owner.named_parameters(recurse=False)
-        if p.ndim and p.shape[-1] == stack.hidden_size and ("token" in name or name in FRONT) and "mask" not in name
-    ]
+    owners = embedding_owners(site, stack, model)
+    own = own_tokens(owners, stack)
     unknown = [name for name, _ in own if name not in FRONT]
     front = sum(count for name, count in own if name in FRONT)
     if unknown:

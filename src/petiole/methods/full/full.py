@@ -9,16 +9,18 @@ BitFit: Ben Zaken et al. 2021, arXiv 2106.10199. Norm tuning: Frankle et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from petiole.anatomy import Anatomy
 from petiole.errors import AttachError
-from petiole.method import Method
-from petiole.methods.full.names import biases, norms
+from petiole.method import Delta, Method, Place
+from petiole.methods.full.names import biases, final_norms, norms
+from petiole.methods.prompts.pooled import Own, pooled
 
 _UNUSED = "some backbones hold parameters that their forward pass does not use"
 
@@ -50,12 +52,27 @@ class LinearProbe(Method):
     exempt: ClassVar[Mapping[str, str]] = dict.fromkeys(("llama", "gpt2", "t5"), "a language model has no task head")
     learning_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
 
+    final_norm: bool = Field(False, description="Train the norm behind the last block, too.")
+    pool: Own = Field(
+        "model", description="Tokens whose mean the head reads: those the model chooses, all, the class token, patches."
+    )
+
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
         if not anatomy.heads():
             raise AttachError(
                 f"linear-probe: {anatomy.model_class} has no task head (a language-model head is none); bitfit or lora may fit"
             )
-        return ()
+        return final_norms(anatomy, model, [anatomy.stack().name]) if self.final_norm else ()
+
+    def overrides(self, event: str) -> bool:
+        return super().overrides(event) and (event != "deltas_on" or self.pool != "model")
+
+    def deltas_on(self, anatomy: Anatomy, model: nn.Module) -> Iterator[Place]:
+        if self.pool != "model":
+            yield pooled(self.pool, anatomy, anatomy.stack(), model)
+
+    def stays(self, deltas: Mapping[str, Delta]) -> Mapping[str, str]:
+        return dict.fromkeys(deltas, "which tokens a head reads is not a change of a weight")
 
 
 class BitFit(Method):
@@ -73,10 +90,13 @@ class BitFit(Method):
     learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 
     norms: bool = Field(True, description="Whether the biases of normalisation layers train too.")
+    convolutions: bool = Field(True, description="Whether those of convolutions do, as of a patch embedding.")
 
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
         of_norms = set() if self.norms else set(norms(anatomy, model))
         names = [name for name in biases(anatomy, model) if name not in of_norms]
+        if not self.convolutions:
+            names = [n for n in names if not isinstance(model.get_submodule(n.rpartition(".")[0]), _ConvNd)]
         if not names:
             raise AttachError(f"bitfit: {anatomy.model_class} has no biases; norm-tuning or lora may fit")
         return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from petiole.anatomy import Site
 from petiole.factored import Parts, between
 from petiole.method import Base, WeightDelta, convolve
+
+Zero = Literal["A", "B"]
 
 
 class Factors(WeightDelta):
@@ -23,6 +26,7 @@ class Factors(WeightDelta):
         scale: factor on B A.
         dropout: on the input x, in training.
         train_bias: also learn Δb (out,), zero at start.
+        zero: which of the two starts at 0; A in an embedding.
     """
 
     def __init__(
@@ -32,18 +36,20 @@ class Factors(WeightDelta):
         scale: float,
         dropout: float = 0.0,
         train_bias: bool = False,
+        zero: Zero = "B",
     ) -> None:
         super().__init__()
-        self.kind, self.scale, self.rank = site.kind, scale, rank
+        self.kind, self.scale, self.rank, self.zero = site.kind, scale, rank, zero
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.A = nn.Parameter(torch.empty(rank, site.in_features, *site.kernel))  # (r, in, *kernel)
         self.B = nn.Parameter(torch.empty(site.out_features, rank))  # (out, r)
         self.delta_bias = nn.Parameter(torch.empty(site.out_features)) if train_bias else None
 
     def initialise(self, generator: torch.Generator, base: Base) -> None:
-        """A Kaiming-uniform with a = √5, that is U(±1/√fan_in); B = 0: ΔW = 0. An embedding gets A = 0 and normal B."""
-        kaiming_uniform(self.A, generator)
-        self.B.zero_()
+        """A Kaiming-uniform with a = √5, that is U(±1/√fan_in), B = 0, or the reverse: ΔW = 0. An embedding gets A = 0 and normal B."""
+        random, zero = (self.A, self.B) if self.zero == "B" else (self.B, self.A)
+        kaiming_uniform(random, generator)
+        zero.zero_()
         if self.kind == "embedding":
             self.A.zero_()
             self.B.normal_(generator=generator)

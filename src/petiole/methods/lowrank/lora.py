@@ -4,7 +4,7 @@
 
 Sits     on the named linears (q and v in the paper), or on embeddings and convolutions.
 Trains   A and B: r (in + out) numbers per site; with `bias`, b too.
-Starts   at B = 0, so the adapted model is the bare backbone, bit for bit.
+Starts   at B = 0, or at A = 0, so the adapted model is the bare backbone, bit for bit.
 Merges   exactly: ΔW = s · B A.
 """
 
@@ -20,7 +20,7 @@ from petiole.anatomy import Anatomy
 from petiole.errors import AttachError
 from petiole.method import Layers, Method, Place, layers_field
 from petiole.methods.full.names import biases
-from petiole.methods.lowrank.factors import Factors
+from petiole.methods.lowrank.factors import Factors, Zero
 
 
 class LoRA(Method):
@@ -43,6 +43,7 @@ class LoRA(Method):
     bias: Literal["none", "adapted", "all"] = Field(
         "none", description="Biases that train too: none, those of the adapted sites, all."
     )
+    zero: Zero = Field("B", description="The factor that starts at 0; the other one starts Kaiming-uniform.")
     roles: tuple[str, ...] = Field(
         ("q", "v"), min_length=1, description="Linears (or embedding, conv) to adapt, by role."
     )
@@ -60,7 +61,7 @@ class LoRA(Method):
                     f"lora: {site.key} is a convolution in {site.groups} groups, whose kernel has no factors B A"
                 )
             adapted = self.bias == "adapted" and bool(site.bias)
-            yield Place(site, Factors(site, self.rank, self.scaling, self.dropout, train_bias=adapted))
+            yield Place(site, Factors(site, self.rank, self.scaling, self.dropout, adapted, self.zero))
 
     def trains(self, anatomy: Anatomy, model: nn.Module) -> Iterable[str]:
         return biases(anatomy, model) if self.bias == "all" else ()

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from petiole.anatomy import Anatomy, Block, Site, Stack
 from petiole.errors import AnatomyError, AttachError
 from petiole.junction import embedding_scale
-from petiole.method import Base, Method, Moment, Place, TokenDelta
+from petiole.method import Base, HiddenDelta, Method, Moment, Place, TokenDelta
+from petiole.methods.execution.patches import front_tokens
+from petiole.methods.prompts.pooled import Pooled, pooled
 
 
 class PromptTuning(Method):
@@ -76,15 +78,32 @@ class VisualPromptTuning(Method):
     length: int = Field(10, ge=1, description="Number of learned tokens (per block, if deep).")
     deep: bool = Field(True, description="New tokens at every block, instead of at the first alone.")
     dropout: float = Field(0.0, ge=0, lt=1, description="On the tokens, in training.")
+    replaces: int | None = Field(
+        None, ge=0, description="Token of the model's that one of them takes the place of: 1, a distillation token."
+    )
+    pool: Pooled = Field(
+        "model", description="Tokens whose mean the head reads; model: those it chooses, after the prompts are gone."
+    )
     stack: str | None = Field(
         None, description="The stack whose input they join; the main one if None, or that beside the patch embedding."
     )
 
-    def deltas(self, anatomy: Anatomy) -> Iterator[Place]:
+    def deltas_on(self, anatomy: Anatomy, model: nn.Module) -> Iterator[Place]:
         stack = self.entry(anatomy)
+        front = sum(count for _, count in front_tokens(anatomy, stack, model))
+        if self.replaces is not None and self.replaces >= front:
+            raise AttachError(
+                f"vpt: replaces = {self.replaces}, but {anatomy.model_class} has {front} tokens in front of its patches, counted from 0"
+            )
+        length = self.length - (self.replaces is not None)
+        if self.pool != "model":
+            yield pooled(self.pool, anatomy, stack, model, length, self.replaces)
         for block in stack.blocks if self.deep else stack.blocks[:1]:
             size = first_width(anatomy, stack) if block.depth == 0 else block.hidden_size
-            yield Place(whole(block), Prompt(self.length, size, self.dropout, patch=True))
+            if length:
+                yield Place(whole(block), Prompt(length, size, self.dropout, patch=True))
+            if self.replaces is not None:
+                yield Place(whole(block), Instead(length + self.replaces, size, self.dropout))
 
     def entry(self, anatomy: Anatomy) -> Stack:
         """The stack that the tokens join. Two towers have no main stack; images then go where patches are embedded."""
@@ -160,10 +179,38 @@ class Prompt(TokenDelta):
 
     def initialise(self, generator: torch.Generator, base: Base) -> None:
         if self.patch:
-            bound = math.sqrt(6 / (3 * 16 * 16 + self.tokens.shape[1]))
-            self.tokens.uniform_(-bound, bound, generator=generator)
+            like_a_patch(self.tokens, generator)
         else:
             self.tokens.normal_(0, 0.02, generator=generator)
 
     def forward(self, batch: int) -> Tensor:
         return self.dropout(self.tokens).expand(batch, -1, -1)
+
+
+class Instead(HiddenDelta):
+    """A learned token (1, d) in the place of one of the model's own.
+
+    Args:
+        place: of that in the sequence. size: d. dropout: in training.
+    """
+
+    composition = "replace"
+
+    def __init__(self, place: int, size: int, dropout: float) -> None:
+        super().__init__()
+        self.place = place
+        self.tokens = nn.Parameter(torch.empty(1, size))
+        self.dropout = nn.Dropout(dropout)
+
+    def initialise(self, generator: torch.Generator, base: Base) -> None:
+        like_a_patch(self.tokens, generator)
+
+    def forward(self, h: Tensor) -> Tensor:
+        token = self.dropout(self.tokens).to(h.dtype).expand(h.shape[0], -1, -1)
+        return torch.cat([h[:, : self.place], token, h[:, self.place + 1 :]], 1)
+
+
+def like_a_patch(tokens: Tensor, generator: torch.Generator) -> None:
+    """U(±√(6 / (3·16² + d))), as VPT starts."""
+    bound = math.sqrt(6 / (3 * 16 * 16 + tokens.shape[-1]))
+    tokens.uniform_(-bound, bound, generator=generator)

@@ -217,13 +217,6 @@ def check_states(chosen: Any) -> Any:
     return chosen
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Of features that come last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, -2)).view_as(x)
-
-
 def pooled_exit(anatomy: Anatomy, stack: Stack) -> str | None:
     """Path of the module that gives a tower's pooled embedding; projected, where it is."""
     hints = {"text": ("text_projection",), "vision": ("visual_projection", "vision_projection")}.get(stack.name, ())

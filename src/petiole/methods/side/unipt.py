@@ -32,8 +32,8 @@ from petiole.anatomy import Anatomy, Stack
 from petiole.errors import AttachError
 from petiole.junction import Call
 from petiole.method import Method, Place
+from petiole.methods.adapters.batchnorm import BatchNorm
 from petiole.methods.side.beside import (
-    BatchNorm,
     Beside,
     Form,
     argument_names,
