@@ -593,6 +593,7 @@ class Method(Config):
     routes: ClassVar[bool] = True
     idles: ClassVar[str] = ""  # why a delta may go without a gradient in one step (experts that no token chose)
     compiles: ClassVar[bool] = True
+    one_task: ClassVar[bool] = False  # states are a task's own, so a model with several decoders runs once for each
     size: ClassVar[str] = ""  # the field that scales it: rank, bottleneck, length
     builds_on: ClassVar[str] = ""  # what must be attached before it, so that it runs on no bare backbone
     learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)  # where a search looks

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import petiole as pt
+import toys
 from petiole.errors import ConfigError, DataError
+from petiole.method import HiddenDelta
 from petiole.tasks.dense import METRICS, TARGETS, Decoder, DenseModel, DensePrediction, Scenes, delta_m
 from petiole.tasks.dense.metrics import angles, confusion
 from petiole.tasks.dense.scenes import render
@@ -333,6 +335,39 @@ def test_one_task_by_name() -> None:
         assert list(model(**rows).logits) == ["depth"]
     with pytest.raises(ConfigError, match="cats"), pt.given(model, task="cats"):
         model(**rows)
+
+
+class Shift(HiddenDelta):
+    """h + a number of the task that the pass is of"""
+
+    seen: ClassVar[list[str]] = []
+
+    def forward(self, h: Tensor) -> Tensor:
+        task = self.given("task")
+        self.seen.append(task)
+        return torch.full_like(h, 1.0 + 2.0 * (task == "depth"))
+
+
+def test_the_backbone_runs_for_each_task_where_states_are_a_tasks_own() -> None:
+    """Each decoder reads what its task alone would give; losses add up, and gradients reach the decoders of all."""
+    tasks, rows = ("semseg", "depth"), batch(("semseg", "depth"))
+    model = DenseModel(swin(), tasks, width=2).eval()
+    own = toys.method(toys.on(["ffn"], lambda site: Shift(), layers=[0]), one_task=True, tasks=tasks)
+    pt.attach(model, own)
+    alone = {}
+    for task in tasks:
+        with pt.given(model, task=task):
+            alone[task] = model(**rows)
+    Shift.seen.clear()
+    whole = model(**rows)
+    assert Shift.seen == list(tasks)
+    for task in tasks:
+        assert torch.equal(whole.logits[task], alone[task].logits)
+    torch.testing.assert_close(whole.loss, sum(found.loss for found in alone.values()))
+    with pt.given(model, task=["depth"]):
+        assert torch.equal(model(**rows).logits["depth"], alone["depth"].logits)
+    whole.loss.backward()
+    assert all(p.grad is not None for p in pt.adaptations(model)["default"].parameters())
 
 
 def test_the_task_as_a_whole() -> None:

@@ -57,6 +57,10 @@ def asked(host: Host, names: tuple[str, ...], alike: bool = False) -> Asked:
         AttachError: none is given and there are several, or it is given for another number of rows.
     """
 
+    name = host.given("task")  # which may change within a forward pass, of a model that runs its backbone for each task
+    if isinstance(name, str):
+        return known(name, names)
+
     def make() -> Asked:
         given = host.given("task")
         if given is None and len(names) > 1 and not alike:
@@ -64,10 +68,8 @@ def asked(host: Host, names: tuple[str, ...], alike: bool = False) -> Asked:
                 f"a forward pass is of one of the tasks {', '.join(names)}: with pt.given(model, task={names[0]!r}), or with a list of "
                 "one for each row"
             )
-        rows = names if given is None else by_name(given, names)
-        if unknown := [name for name in rows if name not in names]:
-            raise ConfigError(f"task = {unknown[0]!r} is none of {', '.join(names)}")
-        if given is None or alike or isinstance(given, (str, int)) or (isinstance(given, Tensor) and not given.ndim):
+        rows = names if given is None else tuple(known(row, names) for row in by_name(given, names))
+        if given is None or alike or isinstance(given, int) or (isinstance(given, Tensor) and not given.ndim):
             return rows[0]
         within = host.passing()
         size = within.batch_size if within is not None and host.model.training else None
@@ -83,6 +85,13 @@ def asked(host: Host, names: tuple[str, ...], alike: bool = False) -> Asked:
 
     found: Asked = host.once(f"task of {names} {alike}", make)
     return found if isinstance(found, str) or len(set(found)) > 1 else found[0]
+
+
+def known(name: str, names: tuple[str, ...]) -> str:
+    """Raises ConfigError: there is no such task."""
+    if name not in names:
+        raise ConfigError(f"task = {name!r} is none of {', '.join(names)}")
+    return name
 
 
 def by_name(given: Any, names: tuple[str, ...]) -> tuple[str, ...]:

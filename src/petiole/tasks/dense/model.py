@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petiole.attach import host_of, streams
+from petiole.attach import given, host_of, streams
 from petiole.errors import AttachError, ConfigError
 from petiole.tasks.dense.targets import TARGETS
 
@@ -91,7 +91,8 @@ class DenseModel(nn.Module):
     """A backbone of Transformers for images, and a decoder for each task.
 
     The decoders are the model's task head: any method attached to this model trains them along. Where a method publishes a stream of
-    states for a task (`pt.streams`), its decoder reads those; all others read the backbone's own states.
+    states for a task (`pt.streams`), its decoder reads those; all others read the backbone's own states. Where a method changes these for
+    each task (`one_task`), the backbone runs once for each.
 
     Args:
         backbone: a base model, such as `SwinModel` or `ViTModel`.
@@ -124,8 +125,8 @@ class DenseModel(nn.Module):
         unknown = [task for task in self.tasks if task not in TARGETS]
         if unknown or not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks = {list(self.tasks)}: different ones of {', '.join(TARGETS)}")
-        for field, given in (("channels", channels), ("loss_weights", loss_weights)):
-            if extra := set(given or ()) - set(self.tasks):
+        for field, values in (("channels", channels), ("loss_weights", loss_weights)):
+            if extra := set(values or ()) - set(self.tasks):
                 raise ConfigError(f"{field} names {min(extra)!r}, which is none of the tasks: {', '.join(self.tasks)}")
         config: Any = backbone.config
         self.config = config
@@ -155,7 +156,13 @@ class DenseModel(nn.Module):
             labels: by task; tasks without a label in it are predicted and add no loss.
         """
         chosen, single = self.chosen()
-        maps = self.maps(pixel_values, chosen, **options)
+        if not single and self.by_task():
+            maps: dict[str, list[Tensor]] = {}
+            for task in chosen:
+                with given(self if host_of(self) is not None else self.backbone, task=task):
+                    maps |= self.maps(pixel_values, (task,), **options)
+        else:
+            maps = self.maps(pixel_values, chosen, **options)
         found = self.heads(maps)
         logits = {task: resized(scores, pixel_values.shape[-2:]) for task, scores in found.items()}
         output = DenseOutput(logits=logits[chosen[0]] if single else logits)
@@ -177,6 +184,12 @@ class DenseModel(nn.Module):
         if unknown := [name for name in names if name not in self.tasks]:
             raise ConfigError(f"task = {unknown[0]!r} is none of this model's: {', '.join(self.tasks)}")
         return tuple(task for task in self.tasks if task in names), isinstance(asked, str)
+
+    def by_task(self) -> bool:
+        """Whether the backbone's states are those of one task alone."""
+        host = host_of(self) or host_of(self.backbone)
+        acting = [a for a in host.adaptations.values() if host.acts(a.name)] if host is not None else []
+        return any(m.one_task and len(getattr(m, "tasks", ())) > 1 for a in acting for m in a.methods)
 
     def maps(self, pixel_values: Tensor, tasks: Sequence[str], **options: Any) -> dict[str, list[Tensor]]:
         """What each task's decoder reads: its own stream where there is one, the backbone's states elsewhere."""
