@@ -173,7 +173,8 @@ def test_how_it_starts() -> None:
 
 @pytest.mark.parametrize("variant", ["lite", "full"])
 @pytest.mark.parametrize("fields", [{}, {"sites": ("ffn", "attention"), "rank_ratio": 1.0}, {"norm_before": True, "norm_after": True},
-                                    {"insertion": "parallel", "kernel_order": "back"}])  # fmt: skip
+                                    {"insertion": "parallel", "kernel_order": "back", "norm_before": True},
+                                    {"insertion": "parallel", "sites": ("attention", "ffn")}])  # fmt: skip
 def test_materialised_adapters_give_the_same(variant: str, fields: dict[str, Any], tmp_path: Any) -> None:
     model = swin()
     tuned = shaken(model, variant=variant, **fields)
@@ -192,6 +193,21 @@ def test_materialised_adapters_give_the_same(variant: str, fields: dict[str, Any
             torch.testing.assert_close(again(pixel_values=images()).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="'edge' is none of depth, semseg"):
         materialise(tuned, "edge")
+
+
+def test_generated_norms_have_kernels_of_their_own() -> None:
+    """2 (pj + 1) d₀ numbers write a norm's templates, and 2 s² bring them to a block's width: gain = Σ_j k_j ⊗ g_j."""
+    plain, tuned = attached(swin()), shaken(swin(), norm_before=True)
+    assert tuned.trainable - plain.trainable == 2 * 5 * 8 + 2 * (4 + 4 + 16)
+    writer, delta = source(tuned), written(tuned)[-1]
+    _, templates = writer.generated(
+        writer.templates,
+        writer.net(writer.code(delta.name, writer.tasks["depth"].expand(4, -1), writer.layers["encoder_3"])),
+    )
+    kernels = writer.norm_kernels["encoder_3_ffn_norm_before"]
+    for part, kernel, template in zip(("weight", "bias"), kernels, templates["norm_before"], strict=True):
+        whole = sum(torch.kron(kernel[j], template[j]) for j in range(4))
+        torch.testing.assert_close(delta.of_task("depth")[f"norm_before.{part}"], whole)
 
 
 def test_weights_are_written_once_in_a_pass() -> None:
@@ -247,6 +263,26 @@ def test_rows_of_several_tasks() -> None:
         torch.testing.assert_close(mixed[row], seen(model, task)[row], rtol=1e-5, atol=1e-5)
 
 
+def test_a_dense_model_runs_every_task() -> None:
+    """What one forward pass gives is what each task alone gives; adapters are written once for each."""
+    model = DenseModel(swin(), TASKS, width=2)
+    tuned = pt.attach(model, pt.Polyhistor(**SMALL))
+    toys.shake(tuned, 0.3)
+    labels = {"depth": torch.rand(2, 1, 32, 32), "semseg": torch.zeros(2, 32, 32, dtype=torch.long)}
+    batch: dict[str, Any] = {"pixel_values": images(), "labels": labels}
+    tuned.check(batch)
+    calls: list[int] = []
+    source(tuned).net.register_forward_hook(lambda *_: calls.append(1))
+    model.eval()
+    whole = model(**batch)
+    assert len(calls) == 2
+    for task in TASKS:
+        with pt.given(model, task=task):
+            torch.testing.assert_close(model(**batch).logits, whole.logits[task])
+    whole.loss.backward()
+    assert all(bool(e.grad.any()) for e in source(tuned).tasks.values())
+
+
 def test_norms_of_a_task_stand_before_its_decoder() -> None:
     """They change what the decoder reads, and nothing that the backbone goes on with."""
     model = DenseModel(swin(), TASKS, width=2)
@@ -269,6 +305,19 @@ def test_norms_of_a_task_stand_before_its_decoder() -> None:
     assert torch.equal(found[True]["semseg"], found[False]["semseg"])
     assert not torch.equal(found[True]["depth"], found[False]["depth"])
     assert not any(isinstance(slot.delta, OutputNorm) for slot in attached(swin()).slots)
+
+
+def test_a_model_with_decoders_runs_for_each_task() -> None:
+    """Once in a forward pass; adapters are those of the task whose turn it is."""
+    model = DenseModel(swin(), TASKS, width=2).eval()
+    toys.shake(pt.attach(model, pt.Polyhistor(**SMALL)), 0.3)
+    labels = {"semseg": torch.zeros(2, 32, 32, dtype=torch.long), "depth": torch.rand(2, 1, 32, 32)}
+    whole = model(pixel_values=images(), labels=labels)
+    for task in TASKS:
+        with torch.no_grad(), pt.given(model, task=task):
+            torch.testing.assert_close(model(pixel_values=images()).logits, whole.logits[task])
+    whole.loss.backward()
+    assert all(p.grad is not None for p in pt.adaptations(model)["default"].parameters())
 
 
 def test_stochastic_depth_does_not_touch_what_is_written() -> None:

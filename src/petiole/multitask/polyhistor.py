@@ -12,9 +12,10 @@ K (s, s, s) and k (s, s) are a block's, the same for W_down and W_up. W is never
 in the place of s² d₀ n₀.
 
 Sits     at the output of each ffn (serial), or beside it, fed by the residual stream (parallel); with `sites` after attention, too. One task
-         in a forward pass: `with pt.given(model, task="depth")`.
+         in a forward pass: `with pt.given(model, task="depth")`. Without it a `DenseModel` runs its backbone for each.
 Trains   lite: (2 te hid + hid) + (hid pj + pj) + 2 pj + 2 (pj + 1)(n₀ + d₀) k + (pj + 1)(n₀ + d₀), te for each task and each e_layer,j, and
-         s³ + s² for each block with s > 1; in a model with a decoder for each task also a norm of each task behind each stage.
+         s³ + s² for each block with s > 1 (2 s² more for each generated norm); in a model with a decoder for each task also a norm of each
+         task behind each stage.
 Starts   near the backbone: generators are N(0, 0.01²), kernels and embeddings N(0, 1).
 Merges   no: φ stands in between. `materialise(tuned, task)` leaves one task's ordinary adapters.
 
@@ -63,6 +64,7 @@ class Polyhistor(Method):
     paper: ClassVar[str] = "2210.03265"
     saves: ClassVar[str] = "optimiser state and checkpoint; several tasks on one backbone"
     idles: ClassVar[str] = "what belongs to a task learns from that task's loss alone"
+    one_task: ClassVar[bool] = True
     learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
 
     tasks: TaskNames = tasks_field()
@@ -77,7 +79,7 @@ class Polyhistor(Method):
         ("ffn",), min_length=1, description="After which sub-layers."
     )
     insertion: Literal["serial", "parallel"] = Field(
-        "serial", description="Fed by the sub-layer's output, or by the residual stream in front of it."
+        "serial", description="An ffn's adapter is fed by its output, or by the residual stream in front of it."
     )
     kernel_order: Literal["front", "back"] = Field("front", description="K ⊗ T, or T ⊗ K.")
     kernel_init: Literal["normal", "identity"] = Field(
@@ -107,7 +109,7 @@ class Polyhistor(Method):
                 delta = TaskBottleneck(site.in_features, bottleneck, self, "multiple", nn.Linear, nn.Linear)
             else:
                 delta = Written(self, name)
-            if self.insertion == "serial":
+            if self.insertion == "serial" or site.role == "attention":  # whose windows no residual stream fits
                 yield Place(site.at("output"), delta)
             else:
                 yield Place(self.joins(anatomy, site), delta, read=anatomy.residual(site))
@@ -171,7 +173,7 @@ class Adapter(NamedTuple):
 
     Attributes:
         parts: of one code for each template; matrices (s, o, i) in two factors, vectors (s, o).
-        norms: gain and shift by name, (s, w) each.
+        norms: gain and shift (w,) by name.
         kernel, bias_kernel: K (s, s, s) and k (s, s); None where s = 1.
     """
 
@@ -197,10 +199,14 @@ class Adapter(NamedTuple):
 
     def vector(self, templates: Tensor) -> Tensor:
         """b (o,) of (s, o / s)"""
-        if self.bias_kernel is None:
-            return templates[0]
-        k, b = wide(self.bias_kernel), wide(templates)
-        return torch.einsum("ju,jm->um" if self.front else "ju,jm->mu", k, b).flatten()
+        return stretched(templates, self.bias_kernel, self.front)
+
+
+def stretched(templates: Tensor, kernel: Tensor | None, front: bool) -> Tensor:
+    """Σ_j k_j ⊗ b_j (o,) of templates b (s, o / s) and a kernel k (s, s); the one template where there is no kernel."""
+    if kernel is None:
+        return templates[0]
+    return torch.einsum("ju,jm->um" if front else "ju,jm->mu", wide(kernel), wide(templates)).flatten()
 
 
 class Writers(nn.Module):
@@ -218,6 +224,7 @@ class Writers(nn.Module):
         kinds = list(dict.fromkeys(site.role for site, _ in places.values()))
         self.kind_of = {name: kinds.index(site.role) for name, (site, _) in places.items()}
         self.kinds = nn.Parameter(torch.empty(len(kinds), te)) if len(kinds) > 1 else None
+        self.norms = tuple(name for name in ("norm_before", "norm_after") if getattr(method, name))
         self.kept = Kept()
 
     def conditioning(self, embeddings: int) -> Conditioning:
@@ -230,9 +237,8 @@ class Writers(nn.Module):
         method = self.method
         made = AdapterGenerator(method.projected_dim, size, bottleneck, method.rank_of(bottleneck, size))
         found = nn.ModuleDict({"adapter": made})
-        for name in ("norm_before", "norm_after"):
-            if getattr(method, name):
-                found[name] = NormGenerator(method.projected_dim, size)
+        for name in self.norms:
+            found[name] = NormGenerator(method.projected_dim, size)
         return found
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -286,7 +292,9 @@ class Full(Writers):
         found = {}
         for name, block in self.block_of.items():
             z = self.nets[block](self.code(name, e[None]))
-            found[name] = Adapter(*self.generated(self.generators[block], z), None, None, True)  # type: ignore[arg-type]
+            parts, norms = self.generated(self.generators[block], z)  # type: ignore[arg-type]
+            norms = {norm: (gain[0], shift[0]) for norm, (gain, shift) in norms.items()}
+            found[name] = Adapter(parts, norms, None, None, True)
         return found
 
 
@@ -312,6 +320,7 @@ class Lite(Writers):
         te = method.task_embedding_dim
         self.layers = nn.ParameterDict()  # of a block, whatever sites it has
         self.kernels, self.bias_kernels = nn.ParameterDict(), nn.ParameterDict()
+        self.norm_kernels = nn.ParameterDict()  # of gain and shift
         self.block_of = {name: f"{site.stack}_{site.depth}" for name, (site, _) in places.items()}
         for name, s in self.scales.items():
             if self.block_of[name] not in self.layers:
@@ -319,14 +328,16 @@ class Lite(Writers):
             if s > 1:
                 self.kernels[name] = nn.Parameter(torch.empty(s, s, s))
                 self.bias_kernels[name] = nn.Parameter(torch.empty(s, s))
+                for norm in self.norms:
+                    self.norm_kernels[f"{name}_{norm}"] = nn.Parameter(torch.empty(2, s, s))
 
     def initialise(self, generator: torch.Generator) -> None:
         super().initialise(generator)
         if self.method.kernel_init == "identity":
             for kernel in self.kernels.values():
                 kernel.copy_(torch.diag_embed(torch.eye(len(kernel))))
-            for kernel in self.bias_kernels.values():
-                kernel.copy_(torch.eye(len(kernel)))
+            for kernel in (*self.bias_kernels.values(), *self.norm_kernels.values()):
+                kernel.copy_(torch.eye(kernel.shape[-1]))
 
     def write(self, e: Tensor) -> dict[str, Adapter]:
         layers = {name: self.layers[block] for name, block in self.block_of.items()}
@@ -336,8 +347,11 @@ class Lite(Writers):
         for name, s in self.scales.items():
             rows = slice(at, at + s)
             own = AdapterWeights(*(cut(part, rows) for part in parts))
-            own_norms = {n: (gain[rows], shift[rows]) for n, (gain, shift) in norms.items()}
             kernel, bias_kernel = (kind[name] if s > 1 else None for kind in (self.kernels, self.bias_kernels))
+            own_norms = {}
+            for norm, (gain, shift) in norms.items():
+                k_gain, k_shift = self.norm_kernels[f"{name}_{norm}"] if s > 1 else (None, None)
+                own_norms[norm] = stretched(gain[rows], k_gain, front), stretched(shift[rows], k_shift, front)
             found[name] = Adapter(own, own_norms, kernel, bias_kernel, front)
             at += s
         return found
@@ -389,16 +403,13 @@ class Written(HiddenDelta):
             f"up.{task}.bias": adapter.vector(parts.up_bias),
         }
         for name, (gain, shift) in adapter.norms.items():
-            state |= {f"{name}.weight": adapter.vector(gain), f"{name}.bias": adapter.vector(shift)}
+            state |= {f"{name}.weight": gain, f"{name}.bias": shift}
         return state
 
 
 def normed(h: Tensor, adapter: Adapter, name: str) -> Tensor:
     """h through a norm that was written, if one was."""
-    if name not in adapter.norms:
-        return h
-    gain, shift = (adapter.vector(part) for part in adapter.norms[name])
-    return layer_norm(h, h.shape[-1:], gain, shift)
+    return layer_norm(h, h.shape[-1:], *adapter.norms[name]) if name in adapter.norms else h
 
 
 class OutputNorm(AroundDelta):
