@@ -63,7 +63,6 @@ class Polyhistor(Method):
     title: ClassVar[str] = "Polyhistor: Parameter-Efficient Multi-Task Adaptation for Dense Vision Tasks"
     paper: ClassVar[str] = "2210.03265"
     saves: ClassVar[str] = "optimiser state and checkpoint; several tasks on one backbone"
-    idles: ClassVar[str] = "what belongs to a task learns from that task's loss alone"
     one_task: ClassVar[bool] = True
     learning_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
 

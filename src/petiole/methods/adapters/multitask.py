@@ -39,6 +39,7 @@ class TaskAdapters(Method):
 
     saves: ClassVar[str] = "optimiser state and checkpoint; several tasks on one backbone"
     routes: ClassVar[bool] = False
+    one_task: ClassVar[bool] = True
 
     tasks: TaskNames = tasks_field()
     reduction_factor: int = Field(8, ge=1, description="ρ: width of the backbone over the bottleneck r.")
