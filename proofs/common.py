@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import petiole as pt
 from petiole.files import write_text
+from petiole.tasks.dense import DensePrediction
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "proofs.md"
 _HEAD = """# Proofs
@@ -280,6 +281,29 @@ def four_layers(seed: int, share: float = 1 / 8) -> tuple[Parallel, Tensor, Tens
     D = torch.stack([share * normal(24, rank) @ normal(rank, 24) for rank in (0, 8, 0, 1)])
     x = normal(256, 24)
     return Parallel(W), x, x @ (W + D).mT
+
+
+def fit_scenes(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    task: DensePrediction,
+    steps: int,
+    size: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Adam on the sum of a model's dense tasks, batches of `size` in an order of the seed; the rate falls to nothing."""
+    rows, generator = task.encoded("train"), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(rows), (size,), generator=generator).tolist()
+        optimizer.zero_grad()
+        model(**task.collator([rows[i] for i in chosen])).loss.backward()
+        optimizer.step()
+        scheduler.step()
 
 
 def step(events: Any, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> float:

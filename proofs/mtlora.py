@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from common import Linear, Report, options, parts, shown, spread
+from common import Linear, Report, fit_scenes, options, parts, shown, spread
 from torch import Tensor, nn
 
 import petiole as pt
@@ -147,7 +147,7 @@ def pretrained(seed: int) -> nn.Module:
         backbone = SwinModel(config, add_pooling_layer=False)
     task = DensePrediction(("semseg", "depth"), sizes={"train": PRETRAINING * ROWS // 4}, size=32, seed=20 + seed)
     model = task.build_model(backbone, width=4, channels={"semseg": 4}, seed=seed)
-    train(model, list(model.parameters()), task, PRETRAINING, seed)
+    fit_scenes(model, model.parameters(), task, PRETRAINING, ROWS, DENSE_RATE, seed)
     return model.backbone.eval()
 
 
@@ -169,26 +169,11 @@ def learnt(network: nn.Module, task: DensePrediction, method: pt.Method, seed: i
     """The total loss on other scenes, and each task's figure."""
     model = task.build_model(copy.deepcopy(network), width=4, seed=seed)
     tuned = pt.attach(model, method, seed=seed)
-    train(model, list(tuned.parameters()), task, TRAINING, seed)
+    fit_scenes(model, tuned.parameters(), task, TRAINING, ROWS, DENSE_RATE, seed)
     rows = task.encoded("test")
     with torch.no_grad():
         total = float(model.eval()(**task.collator([rows[i] for i in range(len(rows))])).loss)
     return total, task.evaluate(model, "test")
-
-
-def train(model: nn.Module, parameters: list[nn.Parameter], task: DensePrediction, steps: int, seed: int) -> None:
-    """Adam on batches in an order of the seed; the rate falls to nothing."""
-    rows, generator = task.encoded("train"), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(parameters, lr=DENSE_RATE)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    torch.manual_seed(seed)
-    for _ in range(steps):
-        chosen = torch.randint(len(rows), (ROWS,), generator=generator).tolist()
-        optimizer.zero_grad()
-        model(**task.collator([rows[i] for i in chosen])).loss.backward()
-        optimizer.step()
-        scheduler.step()
 
 
 if __name__ == "__main__":
