@@ -5,7 +5,6 @@ Everything runs in one process, interleaved; times are ratios to the step that r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,31 +59,17 @@ def curve(backbone: str, seed: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, rows in figures["curve"].items():
-        x, y = [row["peak_over_plain"] for row in rows], [row["time_over_plain"] for row in rows]
-        spread = [[b - row["quartiles"][0] for b, row in zip(y, rows, strict=True)],
-                  [row["quartiles"][1] - b for b, row in zip(y, rows, strict=True)]]  # fmt: skip
-        axes.errorbar(x, y, yerr=[[max(0.0, v) for v in side] for side in spread], marker="o", capsize=2, label=name)
-        for row, a, b in zip(rows, x, y, strict=True):
-            axes.annotate(str(row["recomputed"]), (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set_xlabel("peak bytes of a step / nothing recomputed")
-    axes.set_ylabel("time of a step / nothing recomputed")
-    axes.set_title("LoRA on all linears: blocks recomputed, of 12")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    title, over = "LoRA on all linears: blocks recomputed, of 12", "of a step / nothing recomputed"
+    with common.curves(path, title, f"peak bytes {over}", f"time {over}") as axes:
+        for name, rows in figures["curve"].items():
+            x, y = [row["peak_over_plain"] for row in rows], [row["time_over_plain"] for row in rows]
+            axes.errorbar(x, y, yerr=common.bars(rows, "time_over_plain"), marker="o", capsize=2, label=name)
+            for row, a, b in zip(rows, x, y, strict=True):
+                axes.annotate(str(row["recomputed"]), (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--plot", type=Path, default=None)
-    found = common.options(__doc__ or "", repeats=7, parents=[parser])
+    found = common.options(__doc__ or "", repeats=7, parents=[common.plotting()])
     figures: dict[str, Any] = {
         "curve": {},
         "threads": found.threads,

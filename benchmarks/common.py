@@ -1,4 +1,4 @@
-"""What the benchmarks share: backbones, options, interleaved timing, the JSON they write."""
+"""What the benchmarks share: backbones, options, interleaved timing, the JSON they write, the picture of their curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,13 @@ def options(about: str, repeats: int, parents: Sequence[argparse.ArgumentParser]
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     return found
+
+
+def plotting() -> argparse.ArgumentParser:
+    """A parent of `options` for benchmarks that draw."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--plot", type=Path, default=None, help="draw the curves here")
+    return parser
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -66,6 +74,33 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> tuple[float
     ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return statistics.median(ratios), quartiles[0], quartiles[2]
+
+
+@contextmanager
+def curves(path: Path, title: str, x: str, y: str, legend: str = "best") -> Iterator[Any]:
+    """Axes to draw on, each curve with its label; the picture is written at the end.
+
+    Args:
+        x, y: what the axes say. legend: where it stands.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    yield axes
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc=legend)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def bars(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """Lengths of the error bars of `row[key]`, below and above, out to `row["quartiles"]`."""
+    reach = [(row[key] - row["quartiles"][0], row["quartiles"][1] - row[key]) for row in rows]
+    return [[max(0.0, length) for length in side] for side in zip(*reach, strict=True)]
 
 
 def bert(

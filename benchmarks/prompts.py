@@ -8,7 +8,6 @@ only ratios count. `--plot` draws the first.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,37 +100,24 @@ def beside_attention(encoder: str, seed: int, repeats: int) -> list[dict[str, An
 
 
 def draw(figures: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for place, (name, rows) in enumerate(figures.items()):
-        x, y = [row["length"] + 2 * place for row in rows], [row["time"] for row in rows]  # bars side by side
-        low, high = zip(*(row["quartiles"] for row in rows), strict=True)
-        below = [max(0.0, b - a) for a, b in zip(low, y, strict=True)]
-        above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
-        line = axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=f"{name}: time of a step")
-        kept = [row["saved"] for row in rows]
-        axes.plot(
-            x, kept, "--", marker="s", markersize=4, color=line[0].get_color(), label=f"{name}: bytes for backward"
-        )
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_ylim(0.4, 1.2)
-    axes.set_xticks(LENGTHS)
-    axes.set_xlabel("tokens of the prompt that has as many parameters")
-    axes.set_ylabel("DePT / prompt tuning")
-    axes.set_title(f"DePT with 2 of 5 tokens, inputs of {INPUT} tokens")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left")
-    figure.savefig(path, dpi=150)
+    title, below = (
+        f"DePT with 2 of 5 tokens, inputs of {INPUT} tokens",
+        "tokens of the prompt that has as many parameters",
+    )
+    with common.curves(path, title, below, "DePT / prompt tuning", legend="lower left") as axes:
+        for place, (name, rows) in enumerate(figures.items()):
+            x, y = [row["length"] + 2 * place for row in rows], [row["time"] for row in rows]  # bars side by side
+            bars = common.bars(rows, "time")
+            line = axes.errorbar(x, y, yerr=bars, marker="o", capsize=2, label=f"{name}: time of a step")
+            kept, style = [row["saved"] for row in rows], {"marker": "s", "markersize": 4, "color": line[0].get_color()}
+            axes.plot(x, kept, "--", **style, label=f"{name}: bytes for backward")
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set_ylim(0.4, 1.2)
+        axes.set_xticks(LENGTHS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--plot", type=Path, default=None)
-    found = common.options(__doc__ or "", repeats=9, parents=[parser])
+    found = common.options(__doc__ or "", repeats=9, parents=[common.plotting()])
     asked = [name for name in found.only.split(",") if name]
     figures: dict[str, Any] = {"dept": {}, "apt": {}, "threads": found.threads, "seeds": found.seeds,
                                "repeats": found.repeats, "versions": common.versions()}  # fmt: skip

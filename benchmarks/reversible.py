@@ -7,7 +7,6 @@ streams. `--plot` draws the bytes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,28 +60,15 @@ def error(variant: int, layers: int, seed: int, every: Any) -> float:
 
 
 def draw(saved: dict[str, list[int]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, values in saved.items():
-        if name in ("full", "lora", "checkpointed lora", "meft1", "meft3", "meft1, no anchors"):
-            axes.plot(DEPTHS, [value / 1e6 for value in values], marker="o", label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("blocks")
-    axes.set_ylabel("MB kept for backward")
-    axes.set_title("BERT of width 256, 8 x 128 tokens")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with common.curves(path, "BERT of width 256, 8 x 128 tokens", "blocks", "MB kept for backward") as axes:
+        for name, values in saved.items():
+            if name in ("full", "lora", "checkpointed lora", "meft1", "meft3", "meft1, no anchors"):
+                axes.plot(DEPTHS, [value / 1e6 for value in values], marker="o", label=name)
+        axes.set_yscale("log")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--plot", type=Path, default=None)
-    found = common.options(__doc__ or "", repeats=7, parents=[parser])
+    found = common.options(__doc__ or "", repeats=7, parents=[common.plotting()])
     print(f"{found.threads} thread(s); {common.versions()}")
 
     saved = {name: [] for name in CANDIDATES}  # type: dict[str, list[int]]
