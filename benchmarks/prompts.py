@@ -100,10 +100,8 @@ def beside_attention(encoder: str, seed: int, repeats: int) -> list[dict[str, An
 
 
 def draw(figures: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    title, below = (
-        f"DePT with 2 of 5 tokens, inputs of {INPUT} tokens",
-        "tokens of the prompt that has as many parameters",
-    )
+    title = f"DePT with 2 of 5 tokens, inputs of {INPUT} tokens"
+    below = "tokens of the prompt that has as many parameters"
     with common.curves(path, title, below, "DePT / prompt tuning", legend="lower left") as axes:
         for place, (name, rows) in enumerate(figures.items()):
             x, y = [row["length"] + 2 * place for row in rows], [row["time"] for row in rows]  # bars side by side
