@@ -96,6 +96,8 @@ def from_file(model: str, adaptation: Path) -> tuple[Any, Any]:
     mark = about.get("backbone")
     wanted = mark.get("class") if isinstance(mark, dict) else None
     for kind in registry().values():
+        if kind.tables:  # its models stand inside another, which the file would name
+            continue
         mapping = getattr(transformers, kind.auto_model)._model_mapping
         cls = mapping[type(config)] if type(config) in mapping.keys() else None  # noqa: SIM118  # it is no dictionary
         names = [c.__name__ for c in (cls if isinstance(cls, tuple | list) else [cls]) if c is not None]

@@ -80,7 +80,8 @@ def load_model(
 
 def _name_classes(config: Any, names: Sequence[str]) -> None:
     config.num_labels = len(names)
-    config.problem_type = "single_label_classification"  # a checkpoint may have been trained for another
+    # A checkpoint may have been trained for another; with one output, which scores, Transformers refuses to read this one.
+    config.problem_type = "single_label_classification" if len(names) > 1 else None
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
 

@@ -10,6 +10,7 @@ batch at once, as one ordinary batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -128,6 +129,10 @@ class BiEncoder(nn.Module):
         """Of the backbone."""
         self.backbone.gradient_checkpointing_enable(**options)  # type: ignore[operator]
 
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
+        """The backbone alone, for anything that reads models of Transformers."""
+        self.backbone.save_pretrained(folder, **options)  # type: ignore[operator]
+
 
 class CrossEncoder(nn.Module):
     """A classifier of one logit that reads a query and a passage.
@@ -175,6 +180,10 @@ class CrossEncoder(nn.Module):
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Of the backbone."""
         self.model.gradient_checkpointing_enable(**options)  # type: ignore[operator]
+
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
+        """The classifier alone, for anything that reads models of Transformers."""
+        self.model.save_pretrained(folder, **options)  # type: ignore[operator]
 
 
 def flattened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
