@@ -451,9 +451,14 @@ def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: 
     }
     names.sort(key=lambda n: best[n])
     figure, panels = pyplot.subplots(
-        1, len(settings), figsize=(3.1 * len(settings) + 1.2, 0.3 * len(names) + 1.4), sharey=True, layout="constrained"
+        1,
+        len(settings),
+        figsize=(3.1 * len(settings) + 1.2, 0.3 * len(names) + 1.4),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
-    for ax, setting, lines in zip(panels, settings, rows, strict=True):
+    for ax, setting, lines in zip(panels[0], settings, rows, strict=True):
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         ax.set_axisbelow(True)

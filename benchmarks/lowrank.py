@@ -58,7 +58,8 @@ def entries(model: nn.Module) -> Iterator[Entry]:
         method = find(slug)()
         sizes = [(OWN, method)]
         if slug != "lora" and slug not in LEFT_OUT:  # on the sites of LoRA's default, too
-            sizes.append((EQUAL, within(model, find(slug)(roles=ROLES), budget) or method))
+            equal = within(model, find(slug)(roles=ROLES), budget)
+            sizes += [(EQUAL, equal)] if equal is not None else []  # with its experts, MoLA is above it even at rank 1
         for kind, sized in sizes:
             fast = sized.model_copy(update={"cache_basis": "always"}) if slug == "nola" else sized
             yield replace(own(fast, budget=kind), about=own(sized).about, lean=own(sized).put)
