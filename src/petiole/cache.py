@@ -356,8 +356,11 @@ class Cache:
         return [handle.remove for handle in handles]
 
     def _keep(self, cut: Cut, depth: int, keys: list[Any], h: Tensor) -> None:
-        if h.shape[0] % len(keys):
-            raise TrainingError(f"the cache got {len(keys)} ids for a batch of {h.shape[0]} rows")
+        if h.shape[0] != len(keys):
+            raise TrainingError(
+                f"the cache got {len(keys)} ids, and blocks of {cut.stack.name} see {h.shape[0]} rows\n"
+                "it keeps one state for each id; where a row holds several texts, train without it"
+            )
         for row, key in enumerate(keys):
             start, stop = self._spans[key]
             place = (key, cut.stack.name, depth)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import petiole as pt
 from petiole import cli
-from petiole.errors import ConfigError, DataError
+from petiole.errors import ConfigError, DataError, TrainingError
 from petiole.tasks import load_data, prepare
 from petiole.tasks.loop import evaluating
 from petiole.tasks.retrieval import BM25, BiEncoder, BiEncoderLoss, CrossEncoder, embed, ranking_metric
@@ -449,6 +449,16 @@ def test_a_step_is_the_same_whoever_takes_samples_one_by_one(reranking: Any) -> 
     with evaluating(model):
         rows = [model(**{key: value[i : i + 1] for key, value in batch.items()}).loss for i in range(3)]
         torch.testing.assert_close(model(**batch).loss, torch.stack(rows).mean())
+
+
+def test_the_cache_refuses_rows_of_several_texts(reranking: Any) -> None:
+    model = reranking.build_model()
+    tuned = pt.attach(model, pt.LoRA(layers=(1,)))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with pytest.raises(TrainingError, match="see 12 rows"):
+        train(tuned, reranking, Recipe(steps=1, batch_size=4), learning_rate=1e-3, cache="1MB")
 
 
 def test_the_model_without_weights_is_the_same(dense: Any, reranking: Any) -> None:

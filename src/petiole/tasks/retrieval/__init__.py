@@ -1,12 +1,12 @@
 """Retrieval: search by words and by vectors, rerankers, what trains them and how good rankings are; and rerankers for pairs of languages."""
 
 from petiole.tasks.retrieval.bm25 import BM25
+from petiole.tasks.retrieval.dense import DenseRetrieval, embed
 from petiole.tasks.retrieval.languages import compose, language_module, ranking_module, size_of, under
 from petiole.tasks.retrieval.losses import BiEncoderLoss, CrossEncoderLoss, PointwiseLoss, check_towers
 from petiole.tasks.retrieval.metrics import by_query, ranking_metric, ranking_metrics
 from petiole.tasks.retrieval.model import BiEncoder, CrossEncoder
-from petiole.tasks.retrieval.reranking import rerank
-from petiole.tasks.retrieval.task import DenseRetrieval, Reranking, embed
+from petiole.tasks.retrieval.reranking import Reranking, rerank
 
 __all__ = [
     "BM25",

@@ -1,10 +1,11 @@
-"""The second stage of retrieval: the documents that a first stage found, in the order of a cross-encoder's scores."""
+"""The second stage of retrieval: the documents that a first stage found, in the order of a cross-encoder's scores; as a task, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from petiole.attach import given, host_of
 from petiole.errors import ConfigError
 from petiole.tasks.loop import evaluating
+from petiole.tasks.models import Head, empty_model, load_model
+from petiole.tasks.quiet import bar
+from petiole.tasks.retrieval.metrics import Run
+from petiole.tasks.retrieval.model import CrossEncoder, RankingLoss
+from petiole.tasks.retrieval.task import Retrieval
 from petiole.tasks.tokens import longest
+
+if TYPE_CHECKING:
+    from petiole.tasks.data import TaskData
 
 QUERY, DOCUMENT = 0, 1  # segments, as in token_type_ids
 
@@ -70,3 +79,71 @@ def segments_of(batch: Any) -> Tensor:
             found.append(segment)
         rows.append(found)
     return torch.tensor(rows, device=batch["input_ids"].device)
+
+
+class Reranking(Retrieval):
+    """A query and a document read together; what BM25 found is put in a new order.
+
+    Args:
+        loss: softmax over the passages of a row, or bce for each pair by itself.
+        negatives: of each row. kwargs: of `Retrieval` and `Task`.
+    """
+
+    name: ClassVar[str] = "reranking"
+    title: ClassVar[str] = "Reranking"
+    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    def __init__(
+        self, data: TaskData, model: str | Path, *, loss: RankingLoss = "softmax", negatives: int = 3, **kwargs: Any
+    ) -> None:
+        super().__init__(data, model, negatives=negatives, **kwargs)
+        if negatives < 1:
+            raise ConfigError(f"negatives = {negatives}: from 1; a reranker learns from what it tells apart")
+        self.loss: RankingLoss = loss
+
+    def build_model(
+        self, *, head: Head = "auto", seed: int = 0, dtype: torch.dtype | str = "float32", **options: Any
+    ) -> CrossEncoder:
+        """As `Task.build_model`, with a head of one logit."""
+        model, notes = load_model(
+            self.auto_model,
+            self.place,
+            label_names=("relevance",),
+            head=head,
+            seed=seed,
+            dtype=dtype,
+            revision=self.revision,
+            options=options,
+        )
+        self._note(*notes)
+        config: Any = model.config
+        if config.pad_token_id is None:  # decoders find the last real token by it
+            config.pad_token_id = self.processor.pad_token_id
+        return CrossEncoder(model, loss=self.loss).eval()
+
+    def empty_model(self) -> CrossEncoder:
+        model = empty_model(self.auto_model, self.place, label_names=("relevance",), revision=self.revision)
+        return CrossEncoder(model, loss=self.loss).eval()
+
+    def texts_of(self, query: str, passages: Sequence[str]) -> tuple[list[str], list[str] | None]:
+        return [query] * len(passages), list(passages)
+
+    def labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"labels": [[1.0] + [0.0] * (len(numbers) - 1) for numbers in batch["passages"]]}
+
+    def rank(self, model: nn.Module, dataset: Any, *, batch_size: int = 32) -> Run:
+        found = []
+        pairs = zip(self.column(dataset, "query"), self.found(dataset, self.top_k), strict=True)
+        for query, ranked in bar(list(pairs), "reranking"):
+            numbers = [number for number, _ in ranked]
+            scores = rerank(
+                model,
+                query,
+                [self.texts[number] for number in numbers],
+                self.top_k,
+                tokenizer=self.processor,
+                max_length=self.max_length,
+                batch_size=batch_size,
+            )
+            found.append([(numbers[place], score) for place, score in scores if score is not None])
+        return self.named(dataset, found)

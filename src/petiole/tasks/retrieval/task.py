@@ -1,4 +1,4 @@
-"""Retrieval as two tasks on one collection: embed and search, or rank again what BM25 found.
+"""What the tasks of retrieval share: a collection, BM25 as its first stage, rows to train on, figures.
 
 Rows to train on are pairs of a query and a relevant document, each with hard negatives: documents that BM25 ranks high and nobody judged
 relevant, drawn once by the seed. A split's figures are those of its queries over the whole corpus.
@@ -6,7 +6,6 @@ relevant, drawn once by the seed. A split's figures are those of its queries ove
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,13 +19,9 @@ from petiole.errors import ConfigError, need
 from petiole.tasks.base import Task
 from petiole.tasks.columns import Column
 from petiole.tasks.encoding import Rows, encode_rows
-from petiole.tasks.loop import Collator, evaluating
-from petiole.tasks.models import Head, empty_model, load_model
-from petiole.tasks.quiet import bar
+from petiole.tasks.loop import Collator
 from petiole.tasks.retrieval.bm25 import BM25
 from petiole.tasks.retrieval.metrics import Judgements, Run, ranking_metrics
-from petiole.tasks.retrieval.model import BiEncoder, CrossEncoder, Pooling, RankingLoss
-from petiole.tasks.retrieval.reranking import rerank
 from petiole.tasks.tokens import Pad, longest, padding, prepare, side, tokenize
 
 if TYPE_CHECKING:
@@ -130,29 +125,27 @@ class Retrieval(Task):
         """What the model is told of rows of `pairs`."""
 
     def pairs(self, dataset: Any) -> Iterator[dict[str, Any]]:
-        """Rows: a query, the numbers of its passages, the relevant one first, and of all that are relevant to it."""
+        """Rows: a query, the numbers of its passages, the relevant one first, and of all that are relevant to it.
+
+        Where BM25 finds too few negatives, others of the corpus are drawn.
+
+        Raises:
+            ConfigError: the corpus has too few.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         found = self.found(dataset, self.negative_depth) if self.negatives else [[]] * len(dataset)
         rows = zip(self.column(dataset, "query"), dataset["judgements"], found, strict=True)
         for query, judged, ranked in rows:
             relevant = [self.numbers[each["document"]] for each in judged if each["grade"] > 0]
             hard = [number for number, _ in ranked if number not in relevant]
-            rest = [] if len(hard) >= self.negatives else self.others({*relevant, *hard})
+            known = {*relevant, *hard}
+            rest = [n for n in range(len(self.ids)) if n not in known] if len(hard) < self.negatives else []
+            if len(hard) + len(rest) < self.negatives:
+                raise ConfigError(f"negatives = {self.negatives}: the corpus has {len(self.ids)} documents")
             for number in relevant:
                 drawn = shuffled(hard, generator)[: self.negatives]
                 drawn += shuffled(rest, generator)[: self.negatives - len(drawn)]
                 yield {"query": query, "passages": [number, *drawn], "relevant": relevant}
-
-    def others(self, known: set[int]) -> list[int]:
-        """Documents that are neither relevant to a query nor found for it, where too few are found.
-
-        Raises:
-            ConfigError: the corpus has too few.
-        """
-        rest = [number for number in range(len(self.ids)) if number not in known]
-        if len(rest) + len(known) <= self.negatives:
-            raise ConfigError(f"negatives = {self.negatives}: the corpus has {len(self.ids)} documents")
-        return rest
 
     def encode(self, dataset: Any, split: str = "rows") -> Rows:
         datasets = need("compare", "datasets")
@@ -202,191 +195,3 @@ class Texts:
 
 def shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
     return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-
-
-# ------------------------------------------------------------------------------------------------------------------- dense retrieval
-
-
-class DenseRetrieval(Retrieval):
-    """Queries and documents embedded by one backbone; the nearest documents are found.
-
-    Trained with the passages of the other queries in a batch as negatives too; one that is known to be relevant to a query is none for it.
-
-    Args:
-        in_batch: whether passages of other queries are negatives.
-        pooling, normalise, temperature: see `BiEncoder`.
-        query_prefix, passage_prefix: what stands before every text of a kind, for models that were trained so.
-        kwargs: of `Retrieval` and `Task`.
-    """
-
-    name: ClassVar[str] = "dense-retrieval"
-    title: ClassVar[str] = "Dense retrieval"
-    auto_model: ClassVar[str] = "AutoModel"
-
-    def __init__(
-        self,
-        data: TaskData,
-        model: str | Path,
-        *,
-        in_batch: bool = True,
-        pooling: Pooling = "mean",
-        normalise: bool = True,
-        temperature: float = 0.05,
-        query_prefix: str = "",
-        passage_prefix: str = "",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(data, model, **kwargs)
-        if not in_batch and not self.negatives:
-            raise ConfigError("negatives = 0 and in_batch = False: nothing is left to tell a passage from")
-        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
-        self.around: dict[str, Any] = {
-            "pooling": pooling,
-            "normalise": normalise,
-            "temperature": temperature,
-            "in_batch": in_batch,
-        }
-
-    @property
-    def bare(self) -> dict[str, Any]:
-        """Without the pooler that stands behind some backbones: nothing would train it."""
-        kind = need("compare", "transformers").MODEL_MAPPING[type(self.config)]
-        return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
-
-    def build_model(
-        self, *, head: Head = "auto", seed: int = 0, dtype: torch.dtype | str = "float32", **options: Any
-    ) -> BiEncoder:
-        """As `Task.build_model`; there is no head."""
-        model, notes = load_model(
-            self.auto_model, self.place, seed=seed, dtype=dtype, revision=self.revision, options=self.bare | options
-        )
-        self._note(*notes)
-        return BiEncoder(model, **self.around).eval()
-
-    def empty_model(self) -> BiEncoder:
-        return BiEncoder(
-            empty_model(self.auto_model, self.place, revision=self.revision, options=self.bare), **self.around
-        ).eval()
-
-    def texts_of(self, query: str, passages: Sequence[str]) -> tuple[list[str], list[str] | None]:
-        return [self.query_prefix + query, *(self.passage_prefix + passage for passage in passages)], None
-
-    def labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"labels": batch["passages"], "relevant": batch["relevant"]}
-
-    def rank(self, model: nn.Module, dataset: Any, *, batch_size: int = 32) -> Run:
-        def vectors(texts: Sequence[str], title: str) -> Tensor:
-            return embed(
-                model, texts, tokenizer=self.processor, max_length=self.max_length, batch_size=batch_size, title=title
-            )
-
-        queries = vectors([self.query_prefix + query for query in self.column(dataset, "query")], "queries")
-        corpus = vectors([self.passage_prefix + text for text in self.texts], "corpus")
-        found = []
-        for part in queries.split(256):  # as many scores at once as fit beside a large corpus
-            best = (part @ corpus.T).topk(min(self.top_k, len(corpus)))
-            found += [
-                list(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
-        return self.named(dataset, found)
-
-
-def embed(
-    model: nn.Module,
-    texts: Sequence[str],
-    *,
-    tokenizer: Any,
-    max_length: int | None = None,
-    batch_size: int = 32,
-    title: str = "texts",
-) -> Tensor:
-    """Texts -> embeddings (n, d), on the CPU; the longest first, so that texts of like length share a batch.
-
-    Args:
-        model: a `BiEncoder`, or any whose output has `embeddings`.
-        max_length: tokens of a text; what the model can take if None.
-        title: of the progress bar.
-    """
-    config: Any = model.config
-    tokens, _ = tokenize(tokenizer, texts, None, longest(tokenizer, config, max_length))
-    pad = Pad(padding(tokenizer), side=side(tokenizer, config))
-    order = sorted(range(len(texts)), key=lambda i: -len(tokens["input_ids"][i]))
-    device = next(model.parameters()).device
-    found = []
-    with evaluating(model):
-        for start in bar(range(0, len(order), batch_size), f"embedding {title}"):
-            rows = [{key: values[i] for key, values in tokens.items()} for i in order[start : start + batch_size]]
-            batch = {key: value.to(device) for key, value in pad(rows).items()}
-            found.append(model(**batch).embeddings.float().cpu())
-    return torch.cat(found)[torch.tensor(order).argsort()]
-
-
-# ------------------------------------------------------------------------------------------------------------------------ reranking
-
-
-class Reranking(Retrieval):
-    """A query and a document read together; what BM25 found is put in a new order.
-
-    Args:
-        loss: softmax over the passages of a row, or bce for each pair by itself.
-        negatives: of each row. kwargs: of `Retrieval` and `Task`.
-    """
-
-    name: ClassVar[str] = "reranking"
-    title: ClassVar[str] = "Reranking"
-    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
-
-    def __init__(
-        self, data: TaskData, model: str | Path, *, loss: RankingLoss = "softmax", negatives: int = 3, **kwargs: Any
-    ) -> None:
-        super().__init__(data, model, negatives=negatives, **kwargs)
-        if negatives < 1:
-            raise ConfigError(f"negatives = {negatives}: from 1; a reranker learns from what it tells apart")
-        self.loss: RankingLoss = loss
-
-    def build_model(
-        self, *, head: Head = "auto", seed: int = 0, dtype: torch.dtype | str = "float32", **options: Any
-    ) -> CrossEncoder:
-        """As `Task.build_model`, with a head of one logit."""
-        model, notes = load_model(
-            self.auto_model,
-            self.place,
-            label_names=("relevance",),
-            head=head,
-            seed=seed,
-            dtype=dtype,
-            revision=self.revision,
-            options=options,
-        )
-        self._note(*notes)
-        config: Any = model.config
-        if config.pad_token_id is None:  # decoders find the last real token by it
-            config.pad_token_id = self.processor.pad_token_id
-        return CrossEncoder(model, loss=self.loss).eval()
-
-    def empty_model(self) -> CrossEncoder:
-        model = empty_model(self.auto_model, self.place, label_names=("relevance",), revision=self.revision)
-        return CrossEncoder(model, loss=self.loss).eval()
-
-    def texts_of(self, query: str, passages: Sequence[str]) -> tuple[list[str], list[str] | None]:
-        return [query] * len(passages), list(passages)
-
-    def labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"labels": [[1.0] + [0.0] * (len(numbers) - 1) for numbers in batch["passages"]]}
-
-    def rank(self, model: nn.Module, dataset: Any, *, batch_size: int = 32) -> Run:
-        found = []
-        pairs = zip(self.column(dataset, "query"), self.found(dataset, self.top_k), strict=True)
-        for query, ranked in bar(list(pairs), "reranking"):
-            numbers = [number for number, _ in ranked]
-            scores = rerank(
-                model,
-                query,
-                [self.texts[number] for number in numbers],
-                self.top_k,
-                tokenizer=self.processor,
-                max_length=self.max_length,
-                batch_size=batch_size,
-            )
-            found.append([(numbers[place], score) for place, score in scores if score is not None])
-        return self.named(dataset, found)
