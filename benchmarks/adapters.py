@@ -25,7 +25,7 @@ FACTORS = {
     "compacter": "reduction_factor",
     "vl-adapter": "reduction_factor",
     "p-adapter": "reduction_factor",
-    "petl-ast": "reduction_rate",
+    "petl-ast": "reduction_factor",
     "task-adapter": "reduction_factor",
 }
 LEFT_OUT = {
