@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import petiole as pt
 from petiole import cli
 from petiole.errors import ConfigError, DataError, TrainingError
+from petiole.planning import inputs
 from petiole.tasks import load_data, prepare
 from petiole.tasks.loop import evaluating
 from petiole.tasks.retrieval import BM25, BiEncoder, BiEncoderLoss, CrossEncoder, embed, ranking_metric
@@ -469,6 +470,12 @@ def test_the_model_without_weights_is_the_same(dense: Any, reranking: Any) -> No
         assert all(value.is_meta for value in empty.values())
     assert [site.path for site in pt.anatomy(reranking.empty_model()).heads()] == ["model.classifier"]
     assert pt.anatomy(dense.empty_model()).heads() == ()
+
+
+def test_a_plan_is_for_the_longest_rows(dense: Any) -> None:
+    longest = max(len(text) for row in dense.encoded("train")["input_ids"] for text in row)
+    batch = inputs.longest(dense, 2)
+    assert batch["input_ids"].shape == (2, 4, longest)
 
 
 def test_from_the_command_line(folder: Path, backbone: Path, tmp_path: Path) -> None:

@@ -270,9 +270,14 @@ def longest(task: Any, batch_size: int) -> dict[str, Any]:
     rows = task.encoded("train")
     order = list(range(len(rows)))
     if "input_ids" in getattr(rows, "column_names", ()):
-        lengths = [len(tokens) for tokens in rows["input_ids"]]
+        lengths = [tokens_of(row) for row in rows["input_ids"]]
         order.sort(key=lambda i: -lengths[i])
     return dict(task.collator([rows[order[i % len(order)]] for i in range(batch_size)]))
+
+
+def tokens_of(row: list[Any]) -> int:
+    """Tokens of a row, or of its longest text where it has several."""
+    return max(map(len, row)) if row and isinstance(row[0], list) else len(row)
 
 
 def one_line(error: BaseException) -> str:
