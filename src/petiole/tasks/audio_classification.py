@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 
 from petiole.errors import ConfigError
-from petiole.tasks import media
+from petiole.tasks import media, spectrograms
 from petiole.tasks.base import Task
 from petiole.tasks.columns import Column
 from petiole.tasks.encoding import Rows, encode_arrays
@@ -26,6 +27,7 @@ class AudioClassification(Task):
 
     Args:
         max_seconds: sounds are cut to this length.
+        mask_padding: tell a spectrogram transformer by `attention_mask` which tokens are behind a sound's end; it was trained without.
         most_bytes: encoded splits up to this size are kept in memory; larger ones are encoded as they are read.
     """
 
@@ -41,12 +43,22 @@ class AudioClassification(Task):
     usual_metric: ClassVar[str] = "accuracy"
 
     def __init__(
-        self, data: TaskData, model: str | Path, *, max_seconds: float = 30.0, most_bytes: int = 1 << 30, **kwargs: Any
+        self,
+        data: TaskData,
+        model: str | Path,
+        *,
+        max_seconds: float = 30.0,
+        mask_padding: bool = False,
+        most_bytes: int = 1 << 30,
+        **kwargs: Any,
     ) -> None:
         super().__init__(data, model, **kwargs)
         if max_seconds <= 0:
             raise ConfigError(f"max_seconds: {max_seconds} is not above 0")
+        if mask_padding and not hasattr(self.config, "time_stride"):
+            raise ConfigError(f"mask_padding: {self.config.model_type} takes no patches of a spectrogram; leave it out")
         self.max_seconds = max_seconds
+        self.mask_padding = mask_padding
         self.most_bytes = most_bytes
 
     def encode(self, dataset: Any, split: str = "rows") -> Rows:
@@ -60,6 +72,9 @@ class AudioClassification(Task):
             cut += sum(len(wave) > most for wave in waves)
             encoded = self.processor([wave[:most] for wave in waves], sampling_rate=rate)
             arrays = {key: [np.asarray(row) for row in values] for key, values in encoded.items()}
+            if self.mask_padding:
+                frames = [spectrograms.frames_of(torch.from_numpy(row)) for row in arrays["input_values"]]
+                arrays["attention_mask"] = list(spectrograms.token_mask(self.config, frames).numpy())
             return {**arrays, "labels": np.asarray(batch[label])}
 
         raw = media.structs(dataset.select_columns([column, label]), column)
