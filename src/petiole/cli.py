@@ -671,8 +671,11 @@ def scored(scores: dict[str, dict[str, float]], metric: str, percent: bool) -> N
     names = sorted({name for found in scores.values() for name in found}, key=lambda name: (name != metric, name))
     parts = [Column("", list(scores), right=False, keep=9)]
     for name in names:
-        whole = METRICS[name].highest == 1.0
-        title = f"{METRICS[name].title} {'↑' if METRICS[name].higher_is_better else '↓'}" + (" (%)" if whole else "")
+        own = METRICS.get(name, METRICS[metric])  # else the figure of one of several tasks
+        whole = own.highest == 1.0
+        title = f"{own.title if name in METRICS else name} {'↑' if own.higher_is_better else '↓'}" + (
+            " (%)" if whole else ""
+        )
         parts.append(
             Column(
                 title,

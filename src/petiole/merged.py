@@ -43,6 +43,11 @@ def merged(
         raise ConfigError(f"{output} exists and is not an empty folder; choose another --output")
     tuned, processor, batch = loaded(model, adaptation, data=data, task=task, columns=columns, other=other)
     backbone = tuned.model
+    if not hasattr(backbone, "save_pretrained"):
+        raise ConfigError(
+            f"{type(backbone).__name__} is no class of Transformers, so no folder would be read by it\n"
+            "keep the adaptation as a file: pt.load, petiole eval"
+        )
     change = tuned.merge(check=batch)
     tuned.detach()
     save(backbone, processor, output)

@@ -12,6 +12,7 @@ import numpy as np
 from petiole.errors import ConfigError, DataError, need
 from petiole.tasks import media, sources
 from petiole.tasks.labels import Unlabelled, label, several_classes, stratified
+from petiole.tasks.multitask.data import load_tasks, several
 from petiole.tasks.names import listed, nearest
 from petiole.tasks.quiet import quiet
 from petiole.tasks.sources import SPLITS, Dataset, Raw, Split
@@ -89,6 +90,7 @@ def load_data(
         source: a csv, tsv, json, jsonl, parquet or txt file (its rows are the train split); a folder with a file or folder for each
             split (train; validation, val or dev; test); the common beginning of such files (`text/trec6` for trec6-train.parquet and
             trec6-test.parquet); a folder of images or sounds with a folder for each class or a metadata.csv (file_name, label);
+            several of these for text, with + between them (`text/sst2+text/trec6`), as tasks of one model;
             a collection to search, with files called corpus, queries and qrels (`retrieval/cranfield` for cranfield-corpus.parquet and so on);
             `sklearn:digits`; or a name on the Hub (owner/name, owner/name:subset), which alone uses the network.
         task: name of the task; "auto" takes the one that the columns fit.
@@ -108,6 +110,16 @@ def load_data(
         ConfigError: an argument is out of range.
     """
     _in_range(validation_fraction, test_fraction, limit, seed)
+    if tasks := several(source):
+        shared = {
+            "validation_fraction": validation_fraction,
+            "test_fraction": test_fraction,
+            "limit": limit,
+            "seed": seed,
+        }
+        named = {"text": text, "text_pair": text_pair, "label": label, "columns": columns, "label_names": label_names}
+        origin = {"splits": splits, "subset": subset, "revision": revision}
+        return load_tasks(tasks, task=task, unlabelled=unlabelled, **shared, **named, **origin)
     own = {"text": text, "text_pair": text_pair, "label": label, "image": image, "audio": audio, "target": target}
     given = {key: name for key, name in {**own, **(columns or {})}.items() if name is not None}
     with quiet():

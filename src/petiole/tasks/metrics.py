@@ -22,6 +22,7 @@ from petiole.errors import ConfigError, TrainingError, need
 
 Kind = Literal["logits", "tokens", "texts", "rankings"]
 IGNORED = -100  # a label at which nothing is predicted: padding, a prompt
+OTHERS = -1e9  # the score of a class that is another task's: e to it is 0
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,19 @@ def log_loss(logits: Any, labels: Any) -> float:
     """
     scores, truth = _scores(logits, labels)
     return float(torch.nn.functional.cross_entropy(scores, truth))
+
+
+@metric("mean over tasks", "logits")
+def task_mean(logits: Any, labels: Any) -> float:
+    """Mean over tasks of the accuracy of each. Rows of one task have scores at the same classes, and `OTHERS` at all that are not its own.
+
+    >>> task_mean([[2.0, 1.0, OTHERS, OTHERS], [0.0, 3.0, OTHERS, OTHERS], [OTHERS, OTHERS, 0.0, 1.0]], [0, 0, 3])
+    0.75
+    """
+    scores, truth = _scores(logits, labels)
+    tasks = (scores > OTHERS / 2).unique(dim=0, return_inverse=True)[1]
+    right = (scores.argmax(1) == truth).double()
+    return float(torch.stack([right[tasks == task].mean() for task in tasks.unique()]).mean())
 
 
 # ----------------------------------------------------------------------------------------------------------------------- tokens
