@@ -210,6 +210,19 @@ def test_generated_norms_have_kernels_of_their_own() -> None:
         torch.testing.assert_close(delta.of_task("depth")[f"norm_before.{part}"], whole)
 
 
+def test_sums_over_templates_are_taken_in_float32() -> None:
+    tuned = shaken(swin())
+    delta = written(tuned)[-1]
+    adapter = source(tuned).adapters(delta.host, "depth")["depth", delta.name]
+    h = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = delta.change(h, adapter)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(delta.change(h, adapter), exact)
+        half = h.bfloat16()
+        assert torch.equal(delta.change(half, adapter), delta.change(half.float(), adapter).bfloat16())
+
+
 def test_weights_are_written_once_in_a_pass() -> None:
     model = swin()
     tuned = shaken(model)
