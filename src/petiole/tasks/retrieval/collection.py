@@ -51,17 +51,14 @@ def find(path: Path) -> Collection | None:
         DataError: several collections in one folder, or two files for one part.
     """
     inside = path.is_dir()
-    folder, name = (path, None) if inside else (path.parent, path.name)
-    parts = parts_of(folder)
-    whole = [each for each, found in parts.items() if found.keys() >= set(PARTS)]
-    if name is not None or len(whole) == 1:
-        name = whole[0] if name is None else name
-        return collected(parts[name]) if name in whole else None
-    if len(whole) > 1:
+    found = parts_of(path if inside else path.parent)
+    whole = {name: parts for name, parts in found.items() if parts.keys() >= set(PARTS)}
+    names = list(whole) if inside else [path.name] * (path.name in whole)
+    if len(names) > 1:
         raise DataError(
-            f"{path}: several collections: {listed(whole)}\nSay which, as {str(path).rstrip('/')}/{whole[0]}."
+            f"{path}: several collections: {listed(names)}\nSay which, as {str(path).rstrip('/')}/{names[0]}."
         )
-    return None
+    return collected(whole[names[0]]) if names else None
 
 
 def parts_of(folder: Path) -> dict[str, dict[str, list[tuple[str, Path]]]]:
