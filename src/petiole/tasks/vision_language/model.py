@@ -117,9 +117,7 @@ class VisionLanguageModel(nn.Module):
             raise ConfigError("image_features without image_boxes: where in the image is each region?")
         tokens = self.visual_embedding(features, boxes, self.object_order(features.shape[-2]))
         seen = mask.new_ones(tokens.shape[:2]) if image_mask is None else image_mask.flatten(1).to(mask)
-        h, mask = torch.cat([text, tokens.to(text.dtype)], 1), torch.cat([mask, seen], 1)
-        order = (mask == 0).int().argsort(dim=1, stable=True)  # padding last
-        return h.gather(1, order[..., None].expand_as(h)), mask.gather(1, order)
+        return behind(text, mask, tokens.to(text.dtype), seen)
 
     def object_order(self, regions: int) -> Tensor:
         """Embeddings (regions, d) of the visual tokens, from the vocabulary's end."""
@@ -144,6 +142,13 @@ class VisionLanguageModel(nn.Module):
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Of the backbone."""
         self.backbone.gradient_checkpointing_enable(**options)  # type: ignore[operator]
+
+
+def behind(text: Tensor, mask: Tensor, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N, d) right behind each row's own text (B, T, d), padding last, and which of them all are no padding."""
+    h, mask = torch.cat([text, tokens], 1), torch.cat([mask, seen], 1)
+    order = (mask == 0).int().argsort(dim=1, stable=True)
+    return h.gather(1, order[..., None].expand_as(h)), mask.gather(1, order)
 
 
 def with_visual_tokens(backbone: Any, count: int = VISUAL_TOKENS, seed: int = 0) -> Any:
