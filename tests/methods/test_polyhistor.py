@@ -15,7 +15,8 @@ import tiny
 import toys
 from petiole.errors import AttachError, ConfigError
 from petiole.methods.adapters.hypernetwork import AdapterGenerator, MatrixGenerator
-from petiole.multitask.polyhistor import Full, Lite, OutputNorm, Written, materialise
+from petiole.multitask.polyhistor import OutputNorm, materialise
+from petiole.multitask.written import Full, Lite, Written
 from petiole.tasks.dense import DenseModel
 
 TASKS = ("semseg", "depth")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import linears
 import petiole as pt
 from linears import Case, set_
-from petiole.multitask.polyhistor import Lite, Written
+from petiole.multitask.written import Lite, Written
 
 TOLERANCE = 1e-8
 
