@@ -101,7 +101,8 @@ def main() -> None:
         "Adapters of audio spectrogram transformers",
         f"{bench.ABOUT} Adapters of 8 stand beside every ffn: conformer blocks with a kernel of 5, bottlenecks that start at W_up = 0, and "
         "bottlenecks that start at zero on both sides, as the paper's code does: "
-        "then only biases and the head learn, and how far they get depends on the encoder drawn. In the columns on sound a random spectrogram transformer of "
+        "then only biases and the head learn, and how far they get depends on the encoder drawn. "
+        "In the columns on sound a random spectrogram transformer of "
         f"the same size hears {SHOTS} of each of four kinds of noisy seconds (tones, rising and falling chirps, bursts), as "
         f"{BINS}-bin log-mel, for {STEPS} steps; nothing is required there.",
         ("seed", *METHODS, *(f"sound: {name}" for name in METHODS)),
