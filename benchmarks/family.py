@@ -420,7 +420,7 @@ def table(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], times: Ma
         line = rows[about][i]
         key = f"{line['label']}, {line['budget']}"
         cells = [line["label"], line["about"].replace("|", "/") or "–"]
-        cells += [score(r[i]["mean"], r[i]["sd"], percent=True) if r[i]["mean"] is not None else "failed" for r in rows]
+        cells += ["failed" if r[i]["failed"] else score(r[i]["mean"], r[i]["sd"], percent=True) for r in rows]
         share = (
             line["saved"] / saved[base.replace(", ", "")]
             if line["saved"] and saved.get(base.replace(", ", ""))
@@ -502,9 +502,17 @@ Studied = tuple[Setting, Sequence[Entry], "Lines"]
 def report(found: Sequence[Studied], asked: argparse.Namespace, page: Path, peers: Sequence[str]) -> None:
     """Write the tables of a page, between its marks, and its picture. Rows that aren't done in every setting are left out."""
     chosen = [setting for setting, _, _ in found]
-    rows = [[summary(entry, lines) for entry in entries] for _, entries, lines in found]
-    done = [i for i in range(len(rows[0])) if all(r[i]["seeds"] == asked.seeds or r[i]["failed"] for r in rows)]
-    rows = [[r[i] for i in done] for r in rows]
+    known = [{entry.key: summary(entry, lines) for entry in entries} for _, entries, lines in found]
+    every: dict[str, Line] = {key: line for lines in reversed(known) for key, line in lines.items()}
+    done = [key for key in every if all(r[key]["seeds"] == asked.seeds or r[key]["failed"] for r in known if key in r)]
+    # What has no place on a backbone has no figures there.
+    rows = [
+        [
+            r.get(key) or dict.fromkeys(every[key]) | {"label": every[key]["label"], "budget": every[key]["budget"]}
+            for key in done
+        ]
+        for r in known
+    ]
     picture(chosen, rows, peers, page.parent / "images" / f"{page.stem}.png")
     times = dict[str, float]()
     for setting in chosen:
