@@ -52,7 +52,7 @@ class IncreLoRA(Budgeted):
     slug: ClassVar[str] = "increlora"
     title: ClassVar[str] = "IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning"
     paper: ClassVar[str] = "2308.12043"
-    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-3)
+    learning_rates: ClassVar[tuple[float, float]] = (3e-4, 3e-2)
 
     target_rank: int = Field(2, ge=1, description="Average rank at the end; with the number of sites, the budget.")
     rank_increment: int | None = Field(
