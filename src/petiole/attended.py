@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from petiole.anatomy import Anatomy, Site
 from petiole.errors import AttachError
-from petiole.junction import Args, HiddenSlot, Kwargs, Kept, Point, features, of_output
+from petiole.junction import Args, HiddenSlot, Kept, Kwargs, Point, features, of_output
 from petiole.method import Attended
 
 
