@@ -159,6 +159,12 @@ def test_pooling(scale: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- in models
 
 
+def test_a_query_that_sees_nothing_stays_a_row_of_zeros() -> None:
+    for scale in ("mean", "sum"):
+        A, _ = pooled(torch.zeros(1, 1, 2, 6), torch.ones(1, 1, 6, 3), 4, scale)  # type: ignore[arg-type]
+        assert torch.equal(A, torch.zeros(1, 1, 2, 4))
+
+
 def test_counts_of_the_paper() -> None:
     """BLIP base: captions adapt the text decoder, questions text encoder and decoder; the tower that sees is left alone."""
     with torch.device("meta"):

@@ -241,4 +241,6 @@ def pooled(A: Tensor, value: Tensor, slots: int, row_scale: Literal["mean", "sum
         return nn.functional.adaptive_avg_pool1d(x.flatten(0, 1), slots).unflatten(0, x.shape[:2])
 
     A, value = pool(A), pool(value.mT).mT
-    return (A / A.sum(-1, keepdim=True) if row_scale == "sum" else A), value
+    if row_scale == "sum":  # a query that sees nothing has a row of zeros
+        A = A / A.sum(-1, keepdim=True).clamp_min(torch.finfo(A.dtype).tiny)
+    return A, value
