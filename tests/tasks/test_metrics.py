@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import petiole.tasks.retrieval.metrics  # noqa: F401  which enters those of rankings
 from petiole.errors import ConfigError, TrainingError
 from petiole.tasks.metrics import IGNORED, METRICS, common_subsequence, compute, metric, token_scores
 
@@ -38,13 +39,17 @@ def test_classification_metrics_by_their_formulas(classified: tuple[torch.Tensor
 def test_direction_and_bounds(name: str) -> None:
     """Perfect predictions reach the good bound; others lie strictly on the other side of it."""
     kind = METRICS[name]
+    if kind.kind == "rankings":
+        pytest.importorskip("ir_measures")
     labels = torch.tensor([0, 1, 2, 1])
     good, bad = {
         "logits": (torch.eye(3)[labels] * 1000, torch.eye(3)[[1, 1, 2, 0]]),
         "tokens": (torch.tensor([[0.0, 1.0]] * 4), torch.tensor([[0.7, 1.0], [2.0, 0.0], [0.1, 1.0], [0.3, 1.0]])),
         "texts": (["the cat sat on the mat ."] * 4, ["the cat sat on a hill ."] * 4),
+        "rankings": ({"q": {"a": 2.0, "b": 1.0}}, {"q": {"c": 3.0, "a": 2.0}}),
     }[kind.kind]
-    truth = ["the cat sat on the mat ."] * 4 if kind.kind == "texts" else labels
+    truths = {"texts": ["the cat sat on the mat ."] * 4, "rankings": {"q": {"a": 1, "b": 1}}}
+    truth = truths.get(kind.kind, labels)
     best = kind.highest if kind.higher_is_better else kind.lowest
     assert kind(good, truth) == pytest.approx(best, abs=1e-6)
     value = kind(bad, truth)
