@@ -528,7 +528,7 @@ def report(found: Sequence[Studied], asked: argparse.Namespace, page: Path, peer
             for lines in rows
         ]
         tables.append(f"{title}\n\n{table(chosen, part, times, BASE)}\n")
-    text = page.read_text()
+    text = page.read_text() if page.exists() else f"{BEGIN}{END}"
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     versions = ", ".join(f"{name} {number}" for name, number in common.versions("peft").items())
     page.write_text(f"{text[:begin]}\n{versions}; {asked.seeds} seeds.\n\n" + "\n".join(tables) + text[end:])

@@ -198,6 +198,7 @@ def report(studied: Sequence[Studied], asked: Any) -> None:
     picture(chosen, found, PAGE.parent / "images" / "pareto.png")
     versions = ", ".join(f"{name} {number}" for name, number in common.versions().items())
     page = PAGE.read_text()
+    page += "" if BEGIN in page else f"\n{BEGIN}{END}"
     begin, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     PAGE.write_text(f"{page[:begin]}\n{table(chosen, found)}\n\n{versions}; {asked.seeds} seeds.\n\n{page[end:]}")
     common.write(asked.json, {s.name: f for s, f in zip(chosen, found, strict=True)})
