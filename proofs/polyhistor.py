@@ -15,13 +15,13 @@ from petiole.tasks.dense import DensePrediction
 
 TASKS = ("saliency", "human_parts", "edge")
 REGIONS = TASKS[:2]  # measured by mIoU
-SIZE, PRETRAINING, STEPS, ROWS, RATE, WIDTH = 32, 300, 300, 8, 5e-3, 4
+SIZE, PRETRAINING, STEPS, ROWS, RATE, WIDTH = 32, 500, 300, 16, 5e-3, 8
 FIELDS = {"tasks": TASKS, "reduction_factor": 4, "task_embedding_dim": 16, "hidden_dim": 16, "projected_dim": 8}
 METHODS: dict[str, pt.Method] = {
     "decoders alone": pt.LinearProbe(),
     "adapters": pt.Polyhistor(**FIELDS, variant="adapters"),
     "Lite": pt.Polyhistor(**FIELDS),
-    "Lite, K = 0": pt.Polyhistor(**FIELDS),
+    "Lite, K = 0": pt.Polyhistor(**FIELDS, output_norms=False),
 }
 
 
@@ -32,8 +32,8 @@ def main() -> None:
         "Polyhistor",
         f"A Swin of widths 16, 32, 64, 128 (depths 1, 1, 2, 1; images of {SIZE} x {SIZE}), trained on the depth of generated scenes for "
         f"{PRETRAINING} steps, is frozen. {', '.join(TASKS)} of other scenes, {STEPS} steps, each the sum over the tasks on {ROWS} images, "
-        f"Adam at {RATE}: decoders alone, adapters of each task (ρ = 4), Polyhistor-Lite (k = 1), and Lite with kernels that stay 0. mIoU in "
-        "%, mean of saliency and parts on 64 scenes; numbers without decoders. How far Lite has to be ahead was set by one run of seed 0.",
+        f"Adam at {RATE}: decoders alone, adapters of each task (ρ = 4), Polyhistor-Lite (k = 1), and Lite with kernels that stay 0 and "
+        "without norms of each task. mIoU in %, mean of saliency and parts on 64 scenes; numbers without decoders.",
         ("seed", *METHODS, "adapters' numbers", "Lite's numbers"),
     )
     found: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -48,8 +48,8 @@ def main() -> None:
     ahead = [mine - other for mine, other in zip(found["Lite"], found["decoders alone"], strict=True)]
     ablated = [mine - other for mine, other in zip(found["Lite, K = 0"], found["decoders alone"], strict=True)]
     report.require(
-        f"Lite is above decoders alone, by a point or more on average: {statistics.mean(ahead):.2f} ({spread(ahead)})",
-        min(ahead) > 0 and statistics.mean(ahead) >= 1,
+        f"Lite is above decoders alone, by 3 points or more on average: {statistics.mean(ahead):.2f} ({spread(ahead)})",
+        min(ahead) > 0 and statistics.mean(ahead) >= 3,
     )
     report.require(f"with at most 0.25 of the adapters' numbers: {share:.3f}", share <= 0.25)
     report.require(
