@@ -402,3 +402,11 @@ def test_training_without_data_to_start_from_is_refused() -> None:
         model.train()(**tiny.batch("bert"))
     tuned.calibrate([tiny.batch("bert")])
     model(**tiny.batch("bert")).loss.backward()
+
+
+def test_blocks_that_are_given_other_states_are_refused() -> None:
+    """DeBERTa's relative positions are as wide as the backbone."""
+    model = tiny.model("deberta_v2")
+    pt.attach(model, pt.LST(init="random"))
+    with pytest.raises(AttachError, match="also given states of the full width"):
+        model(**tiny.batch("deberta_v2"))

@@ -213,6 +213,11 @@ class Ladder(Beside):
             for value in (*call.args, *call.kwargs.values()):
                 if is_cache(value):
                     grow(value, self.count, self.kept)
+                elif s.shape[-1] < h.shape[-1] and is_state(value, h.shape[-1]):
+                    raise AttachError(
+                        f"lst: {type(block).__name__} is also given states of the full width, as of relative positions, which a narrower "
+                        "block can't read\nunipt and sherl read this model's states without blocks of their own"
+                    )
             rung = down(state.to(kind))
             s = s if self.method.gate_after_block else self.join(s, rung, depth)
             args, kwargs = call.on(s)
@@ -258,6 +263,11 @@ class Ladder(Beside):
             for name, parameter in self.norm.named_parameters():
                 parameter.copy_(own._parameters[name][current])
         self.waits = False
+
+
+def is_state(value: Any, size: int) -> bool:
+    """Whether it is a hidden state (…, size), and no mask: those have four dimensions, or are of whole numbers."""
+    return isinstance(value, Tensor) and value.ndim in (2, 3) and value.is_floating_point() and value.shape[-1] == size
 
 
 def take(site: Any, block: Any, made: nn.Module, own: nn.Module, rows: Tensor, columns: Tensor | None, r: int) -> None:
