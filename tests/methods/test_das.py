@@ -704,3 +704,11 @@ def test_what_may_be_skipped_can_be_named_and_defaults_follow_the_paper() -> Non
     assert [delta.name for delta in stand_ins(tuned)] == ["encoder.1", "encoder.2"]
     t5 = pt.attach(tiny.model("t5"), pt.DAS(bottleneck=3))
     assert [delta.name for delta in stand_ins(t5)] == ["encoder.1", "decoder.1"]
+
+
+def test_a_skipped_recurrence_keeps_no_place_in_a_cache() -> None:
+    """Of Jamba's blocks the first is a recurrence, whose state is not one number for each token."""
+    model = tiny.model("jamba")
+    pt.attach(model, pt.DAS(bottleneck=2, skip=("decoder.0",)), train_head=False)
+    found = model(input_ids=tiny.batch("jamba")["input_ids"], use_cache=True)
+    assert torch.isfinite(found.logits).all()

@@ -143,13 +143,16 @@ def numbered_layers(module: nn.Module) -> list[Any]:
 def hold_place(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> None:
     """One number for each token in the cache where a skipped attention has its place, until `prune` closes the ranks.
 
-    Models read the length of the text so far off the first place.
+    Models read the length of the text so far off the first place. A place for the state of a recurrence keeps no tokens.
     """
     cache = next((v for v in (*args, *kwargs.values()) if is_cache(v)), None)
     places = {layer.layer_idx for layer in numbered_layers(block)}
     if cache is not None and places:
-        nothing = h.new_zeros(h.shape[0], 1, h.shape[1], 1)
-        getattr(cache, "self_attention_cache", cache).update(nothing, nothing, *places)
+        own = getattr(cache, "self_attention_cache", cache)
+        (place,) = places
+        if all(hasattr(layer, "update") for layer in own.layers[place : place + 1]):
+            nothing = h.new_zeros(h.shape[0], 1, h.shape[1], 1)
+            own.update(nothing, nothing, place)
 
 
 # ------------------------------------------------------------------------------------------------------------ comparing subnets
