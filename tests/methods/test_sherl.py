@@ -300,3 +300,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     assert_refused(pt.SHERL, cases)
     assert attached("bert", side_size=5, reduction_factor=3)[1].slots[0].delta.senses[0].W1.out_features == 5
+
+
+def test_a_last_stage_of_one_block_leaves_nothing_to_be_early() -> None:
+    with pytest.raises(AttachError, match="leaves no early layer in the last stage"):
+        pt.attach(tiny.model("swinv2"), pt.SHERL())

@@ -150,13 +150,13 @@ class SHERL(Method):
             chosen = chosen[stack.name]
         elif form == "encoder_decoder" and chosen != "all" and stack.name == "decoder":
             chosen = tuple(number for number in chosen if number <= last)
-        if form != "cnn":
-            return states_of(self.slug, chosen, stack, last + 1)
         ends = [min(depth + 1, last) for depth in stages(stack)]
         if len(set(ends)) < len(ends) or stack.blocks[last - 1].stage != stack.blocks[-1].stage:
             raise AttachError(
                 f"{self.slug}: num_late_layers = {self.num_late_layers} leaves no early layer in the last stage; choose fewer"
             )
+        if form != "cnn":
+            return states_of(self.slug, chosen, stack, last + 1)
         picked = ends if chosen == "all" else [ends[n] for n in chosen if n < len(ends)]
         if len(picked) < 2 or picked[-1] != last or (chosen != "all" and len(picked) < len(chosen)):
             raise AttachError(
