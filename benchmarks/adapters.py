@@ -109,9 +109,4 @@ def entries(model: nn.Module) -> Iterator[Entry]:
 
 if __name__ == "__main__":
     asked = family.options(__doc__ or "")
-    family.main(
-        asked,
-        settings(asked.data, asked.output),
-        lambda setting: entries(setting.task.empty_model()),
-        lambda found: family.report(found, asked, PAGE, PEERS),
-    )
+    family.side_by_side(asked, settings(asked.data, asked.output), entries, PAGE, PEERS)

@@ -144,4 +144,5 @@ def vit(width: int = 192, layers: int = 12, batch: int = 32, seed: int = 0) -> t
     }
 
 
+LINEARS = ("q", "k", "v", "o", "up", "down")  # roles of all linears of a block
 BACKBONES = {"bert": bert, "llama": llama, "vit": vit}

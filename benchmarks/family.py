@@ -557,6 +557,22 @@ def main(
         write(found)
 
 
+def side_by_side(
+    asked: argparse.Namespace,
+    settings: Sequence[Setting],
+    entries: Callable[[nn.Module], Iterable[Entry]],
+    page: Path,
+    peers: Sequence[str],
+) -> None:
+    """`main` for a family with a page of its own; its rows depend on the backbone, on the meta device."""
+    main(
+        asked,
+        settings,
+        lambda setting: entries(setting.task.empty_model()),
+        lambda found: report(found, asked, page, peers),
+    )
+
+
 def options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")

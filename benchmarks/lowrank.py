@@ -92,9 +92,4 @@ PEERS = ("PEFT LoRA", "PEFT DoRA", "PEFT VeRA")
 
 if __name__ == "__main__":
     asked = family.options(__doc__ or "")
-    family.main(
-        asked,
-        settings(asked.data),
-        lambda setting: entries(setting.task.empty_model()),
-        lambda found: family.report(found, asked, PAGE, PEERS),
-    )
+    family.side_by_side(asked, settings(asked.data), entries, PAGE, PEERS)

@@ -24,10 +24,9 @@ from petiole.errors import PetioleError
 from petiole.method import find, registry
 
 SIDE = ("lst", "unipt", "sherl")
-ALL = ("q", "k", "v", "o", "up", "down")
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
-    "lora, all linears": ("lora", {"roles": ALL}),
+    "lora, all linears": ("lora", {"roles": common.LINEARS}),
     "lst": ("lst", {"init": "random"}),
     "unipt": ("unipt", {"reduction_factor": 8}),
     "sherl": ("sherl", {"reduction_factor": 8}),
@@ -84,8 +83,8 @@ def candidates(
     models: dict[str, nn.Module] = {"full": copy.deepcopy(bare)}
     for name, roles in (
         ("peft lora", ("q", "v")),
-        ("peft lora, all linears", ALL),
-        ("peft lora, all linears, checkpointing", ALL),
+        ("peft lora, all linears", common.LINEARS),
+        ("peft lora, all linears, checkpointing", common.LINEARS),
     ):
         sites = [site.path for site in pt.anatomy(bare).sites(roles)]
         model = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(r=8, lora_alpha=16, target_modules=sites))

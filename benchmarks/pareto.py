@@ -25,7 +25,6 @@ from petiole.method import find
 
 CLOSE = 0.95  # of full fine-tuning's score
 EVALUATIONS = 12
-ALL = ("q", "k", "v", "o", "up", "down")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "savings.md"
 BEGIN, END = "<!-- pareto -->\n", "<!-- /pareto -->"
 
@@ -51,7 +50,7 @@ def rows_of(setting: Setting) -> Iterator[Entry]:
         "full": pt.FullFineTuning(),
         "linear-probe": pt.LinearProbe(),
         "lora": pt.LoRA(),
-        "lora, all linears": pt.LoRA(roles=ALL),
+        "lora, all linears": pt.LoRA(roles=common.LINEARS),
         "lst": find("lst")(),
         "unipt": find("unipt")(),
         "sherl": find("sherl")(),

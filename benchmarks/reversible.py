@@ -19,7 +19,7 @@ import petiole as pt
 from petiole.cost import predict, saved_bytes
 
 DEPTHS = (2, 4, 8, 12, 24)
-LORA = pt.LoRA(rank=8, roles=("q", "k", "v", "o", "up", "down"))
+LORA = pt.LoRA(rank=8, roles=common.LINEARS)
 CANDIDATES: dict[str, pt.Method] = {
     "full": pt.FullFineTuning(),
     "lora": LORA,

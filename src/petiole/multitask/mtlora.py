@@ -37,6 +37,7 @@ from petiole.anatomy import Anatomy, Site, Stack
 from petiole.attach import refitted
 from petiole.errors import AttachError, ConfigError
 from petiole.method import Delta, Method, Place
+from petiole.methods.adapters.tasks import owners
 from petiole.methods.lowrank.factors import Factors
 from petiole.multitask.branching import Fan, Tasks, branches, merging, stages
 from petiole.multitask.task_linear import TaskLinear, shared_change
@@ -256,13 +257,9 @@ def keep_task(tuned: Adaptation, task: str) -> Adaptation:
         ConfigError: none of the methods has this task.
         AttachError: it is merged, or not attached.
     """
-    known = sorted({name for method in tuned.methods if isinstance(method, MTLoRA) for name in method.tasks})
-    if task not in known:
-        raise ConfigError(f"task = {task!r} is none of {', '.join(known) or 'this adaptation, which has no tasks'}")
+    chosen = owners(tuned, task, MTLoRA)
 
-    def alone(method: Method) -> Method:
-        if not isinstance(method, MTLoRA) or task not in method.tasks:
-            return method
+    def alone(method: MTLoRA) -> MTLoRA:
         if method.mode == "addition" and len(method.tasks) > 1:
             raise AttachError(
                 "mtlora in mode 'addition' has a shared stream made of all tasks, so none can be left out"
@@ -274,4 +271,4 @@ def keep_task(tuned: Adaptation, task: str) -> Adaptation:
         }
         return type(method)(**{**method.model_dump(), **fields, "tasks": (task,)})
 
-    return refitted(tuned, [alone(method) for method in tuned.methods], {})
+    return refitted(tuned, [alone(chosen[i]) if i in chosen else m for i, m in enumerate(tuned.methods)], {})

@@ -40,7 +40,7 @@ from petiole.errors import AttachError, ConfigError
 from petiole.method import AroundDelta, Delta, HiddenDelta, Layers, Method, Place, layers_field, stack_field
 from petiole.methods.adapters.bottleneck import Activation
 from petiole.methods.adapters.multitask import TaskBottleneck
-from petiole.methods.adapters.tasks import TaskNames, asked, tasks_field
+from petiole.methods.adapters.tasks import TaskNames, alone, asked, owners, tasks_field
 from petiole.multitask.branching import stages
 from petiole.multitask.written import Full, Lite, Writers, Written
 
@@ -204,15 +204,6 @@ def materialise(tuned: Adaptation, task: str) -> Adaptation:
         ConfigError: none of the methods has this task.
         AttachError: it is merged.
     """
-    mine = {i: m for i, m in enumerate(tuned.methods) if isinstance(m, Polyhistor)}
-    known = sorted({name for method in mine.values() for name in method.tasks})
-    if task not in known:
-        raise ConfigError(f"task = {task!r} is none of {', '.join(known) or 'this adaptation, which has no tasks'}")
-    made: dict[str, Tensor] = {}
-    for slot in tuned.slots:
-        delta = slot.delta
-        if isinstance(delta, (Written, OutputNorm)) and slot.number in mine:
-            made |= {f"{slot.key}:{name}": value for name, value in delta.of_task(task).items()}
-    fields = {"variant": "adapters", "tasks": (task,)}
-    methods = [m.model_copy(update=fields) if i in mine else m for i, m in enumerate(tuned.methods)]
-    return refitted(tuned, methods, made)
+    chosen, fields = owners(tuned, task, Polyhistor), {"variant": "adapters", "tasks": (task,)}
+    methods = [m.model_copy(update=fields) if i in chosen else m for i, m in enumerate(tuned.methods)]
+    return refitted(tuned, methods, alone(tuned, task, chosen))

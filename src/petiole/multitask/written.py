@@ -15,6 +15,7 @@ from petiole.method import HiddenDelta, wide
 from petiole.methods.adapters import kronecker
 from petiole.methods.adapters.bottleneck import ACTIVATIONS
 from petiole.methods.adapters.hypernetwork import (
+    NORMS,
     AdapterGenerator,
     AdapterWeights,
     Conditioning,
@@ -85,7 +86,7 @@ class Writers(nn.Module):
         kinds = list(dict.fromkeys(site.role for site, _ in places.values()))
         self.kind_of = {name: kinds.index(site.role) for name, (site, _) in places.items()}
         self.kinds = nn.Parameter(torch.empty(len(kinds), te)) if len(kinds) > 1 else None
-        self.norms = tuple(name for name in ("norm_before", "norm_after") if getattr(method, name))
+        self.norms = tuple(name for name in NORMS if getattr(method, name))
         self.kept = Kept()
 
     def conditioning(self, embeddings: int) -> Conditioning:

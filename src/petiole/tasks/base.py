@@ -9,7 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -162,7 +162,7 @@ class Task(ABC):
         model, notes = load_model(
             self.auto_model,
             self.place,
-            label_names=self.data.label_names,
+            label_names=self.label_names,
             head=head,
             seed=seed,
             dtype=dtype,
@@ -172,9 +172,14 @@ class Task(ABC):
         self._note(*notes)
         return model
 
+    @property
+    def label_names(self) -> Sequence[str]:
+        """Of the outputs of the head: this task's classes."""
+        return self.data.label_names
+
     def empty_model(self) -> nn.Module:
         """The model on the meta device: shapes without values, for counting before anything is loaded."""
-        return empty_model(self.auto_model, self.place, label_names=self.data.label_names, revision=self.revision)
+        return empty_model(self.auto_model, self.place, label_names=self.label_names, revision=self.revision)
 
     # --------------------------------------------------------------------------------------------------------------------- data
 

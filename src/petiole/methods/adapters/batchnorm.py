@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from petiole.context import recomputing
 from petiole.errors import TrainingError
+from petiole.training import processes
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -34,7 +35,7 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training:
             μ, σ2 = self.running_mean.to(kind), self.running_var.to(kind)
             return nn.functional.batch_norm(rows, μ, σ2, γ, β, eps=self.eps).view_as(x).to(x.dtype)
-        if len(rows) * processes() < 2:
+        if len(rows) * processes.count() < 2:
             raise TrainingError(
                 "batch normalisation of one token of one sample: its variance is undefined; take a larger batch"
             )
@@ -65,14 +66,9 @@ class BatchNorm(nn.BatchNorm1d):
         return self
 
 
-def processes() -> int:
-    """How many train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all processes, through which gradients go."""
-    if processes() == 1:
+    if processes.count() == 1:
         return tensor
     from torch.distributed.nn.functional import all_reduce
 

@@ -32,6 +32,7 @@ from petiole.errors import AttachError
 from petiole.method import Config, Delta, HiddenDelta, Place
 from petiole.methods.adapters.bottleneck import ACTIVATIONS
 from petiole.methods.adapters.hypernetwork import (
+    NORMS,
     AdapterGenerator,
     AdapterWeights,
     Conditioning,
@@ -43,7 +44,6 @@ from petiole.methods.adapters.tasks import SHARED, Asked, asked, by_task
 from petiole.methods.prompts.kept import Kept
 
 ORDER = ("ffn", "attention", "cross_attention")  # of slots, and of their embeddings
-NORMS = ("norm_before", "norm_after")
 Adapter = dict[str, Tensor]  # W_down, b_down, W_up, b_up; gain and shift of norms
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 DEVIATION = 0.01
+NORMS = ("norm_before", "norm_after")  # of an adapter, which may be written too
 
 
 class Factors(NamedTuple):

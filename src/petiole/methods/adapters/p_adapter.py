@@ -153,7 +153,7 @@ class PLaplacian(AttendedDelta):
         return self.method.mu * (2 + torch.tanh(wide(self.theta)))
 
     def forward(self, attended: Attended, h: Tensor) -> Tensor:
-        A, value, own = attended.probabilities, attended.value, attended.value
+        A, value = attended.probabilities, attended.value
         queries = self.kind == "cross" or (self.method.reference_cache and value.shape[2] != h.shape[1])
         if self.kind == "cross":
             A, value = pooled(A, value, self.method.pool_len, self.method.row_scale)

@@ -8,7 +8,7 @@ A task's modules run on its own rows alone, so that nothing else gets a gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -19,7 +19,9 @@ from petiole.attach import sequence_first
 from petiole.errors import AttachError, ConfigError
 
 if TYPE_CHECKING:
+    from petiole.adaptation import Adaptation
     from petiole.attach import Host
+    from petiole.method import Method
 
 Asked = str | tuple[str, ...]  # of all rows, or of each
 SHARED = "shared"  # the name of what all tasks have in common, among modules by task
@@ -108,6 +110,29 @@ def by_name(given: Any, names: tuple[str, ...]) -> tuple[str, ...]:
             f"task = {wrong[0]!r} is neither one of {', '.join(names)} nor its number, 0 to {len(names) - 1}"
         )
     return tuple(names[value] if isinstance(value, int) else value for value in listed)
+
+
+def owners(tuned: Adaptation, task: str, *kinds: type[Method]) -> dict[int, Any]:
+    """The methods of these kinds in an adaptation that have a task, by their numbers.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    mine = {i: m for i, m in enumerate(tuned.methods) if isinstance(m, kinds)}
+    names = sorted({name for method in mine.values() for name in method.tasks})  # type: ignore[attr-defined]
+    if task not in names:
+        raise ConfigError(f"task = {task!r} is none of {', '.join(names) or 'this adaptation, which has no tasks'}")
+    return {i: method for i, method in mine.items() if task in method.tasks}  # type: ignore[attr-defined]
+
+
+def alone(tuned: Adaptation, task: str, numbers: Container[int]) -> dict[str, Tensor]:
+    """What deltas of these methods that know `of_task` are for one task alone, by the names of `Adaptation.named_tensors`."""
+    return {
+        f"{slot.key}:{name}": value
+        for slot in tuned.slots
+        if slot.number in numbers and hasattr(slot.delta, "of_task")
+        for name, value in slot.delta.of_task(task).items()
+    }
 
 
 def of(modules: nn.ModuleDict, task: str) -> Any:

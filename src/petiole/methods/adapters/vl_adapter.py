@@ -39,6 +39,7 @@ from petiole.methods.adapters.composed import Composed
 from petiole.methods.adapters.hyperformer import Hyperformer, HypernetworkFields
 from petiole.methods.adapters.multitask import SHARING, SharedAdapters, Sharing, TaskAdapters
 from petiole.methods.adapters.task_baselines import LoRAFields, PromptFields, TaskLoRA, TaskPrompt
+from petiole.methods.adapters.tasks import alone, owners
 
 Form = Literal["adapter", "hyperformer", "compacter", "lora", "prompt"]
 FORMS: dict[str, type[Method]] = {
@@ -125,16 +126,6 @@ def materialise(tuned: Adaptation, task: str) -> Adaptation:
         ConfigError: none of the methods has this task.
         AttachError: it is merged.
     """
-    mine = {i: m for i, m in enumerate(tuned.methods) if isinstance(m, (VLAdapter, Hyperformer, Compacter))}
-    known = sorted({name for method in mine.values() for name in method.tasks})
-    if task not in known:
-        raise ConfigError(f"task = {task!r} is none of {', '.join(known) or 'this adaptation, which has no tasks'}")
-    chosen = {number: method for number, method in mine.items() if task in method.tasks}
+    chosen = owners(tuned, task, VLAdapter, Hyperformer, Compacter)
     methods = [ordinary(chosen[i], task) if i in chosen else method for i, method in enumerate(tuned.methods)]
-    made = {
-        f"{slot.key}:{name}": tensor
-        for slot in tuned.slots
-        if slot.number in chosen
-        for name, tensor in slot.delta.of_task(task).items()
-    }
-    return refitted(tuned, methods, made)
+    return refitted(tuned, methods, alone(tuned, task, chosen))

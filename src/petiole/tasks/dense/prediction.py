@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from petiole.errors import ConfigError, DataError
+from petiole.errors import ConfigError
 from petiole.tasks.dense.metrics import METRICS, delta_m
 from petiole.tasks.dense.model import DenseModel
 from petiole.tasks.dense.scenes import Scenes
 from petiole.tasks.dense.targets import TARGETS
+from petiole.tasks.generated import Generated
 from petiole.tasks.loop import evaluating
 
 
-class DensePrediction:
+class DensePrediction(Generated[Scenes]):
     """Several dense tasks on generated scenes.
 
     Args:
@@ -47,16 +48,6 @@ class DensePrediction:
     def build_model(self, backbone: nn.Module, **options: Any) -> DenseModel:
         """The backbone with a decoder for each task; see `DenseModel` for options."""
         return DenseModel(backbone, self.tasks, **options)
-
-    def encoded(self, split: str) -> Scenes:
-        """A split by name.
-
-        Raises:
-            DataError: there is no such split.
-        """
-        if split not in self.splits:
-            raise DataError(f"no {split} split; there are {', '.join(self.splits)}")
-        return self.splits[split]
 
     @staticmethod
     def collator(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from petiole.errors import ConfigError, DataError
+from petiole.errors import ConfigError
 from petiole.tasks.encoding import Rows
 from petiole.tasks.face.faces import Faces
 from petiole.tasks.face.metrics import cosines, fused, identification, verification
 from petiole.tasks.face.model import FaceModel
+from petiole.tasks.generated import Generated
 from petiole.tasks.loop import batches, evaluating
 
 IDENTITIES = {"train": 32, "validation": 16, "test": 32}
@@ -93,7 +94,7 @@ def recognise(
     return found | verification(cosines(mine, theirs), labels[:, None] == names, rates)
 
 
-class FaceRecognition:
+class FaceRecognition(Generated[Faces]):
     """Recognition of generated faces. Identities of different splits are different people.
 
     Args:
@@ -149,16 +150,7 @@ class FaceRecognition:
         """The backbone with a projection and the training identities; see `FaceModel` for options."""
         return FaceModel(backbone, self.identities["train"], **options)
 
-    def encoded(self, split: str) -> Rows:
-        """A split by name: train, and of the others their gallery and their probes ("test-probe").
-
-        Raises:
-            DataError: there is no such split.
-        """
-        if split not in self.splits:
-            raise DataError(f"no {split} split; there are {', '.join(self.splits)}")
-        return self.splits[split]
-
+    # Splits: train, and of the others their gallery and their probes ("test-probe").
     collator = staticmethod(collate)
 
     def evaluate(self, model: nn.Module, split: str = "validation", **options: Any) -> dict[str, float]:

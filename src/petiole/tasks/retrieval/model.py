@@ -9,7 +9,6 @@ batch at once, as one ordinary batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
@@ -96,8 +95,7 @@ class BiEncoder(nn.Module):
             labels: numbers of the documents that the passages are (B, n).
             relevant: numbers of all documents that are relevant to a query, or -1 (B, m): in the batch, they are no negatives of it.
         """
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        inputs = flattened({"input_ids": input_ids, "attention_mask": attention_mask, **types})
+        inputs = flattened(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         e = self.pooled(self.backbone(**inputs).last_hidden_state, inputs["attention_mask"])
         e = e.view(*input_ids.shape[:-1], -1)
         if labels is None:
@@ -165,8 +163,7 @@ class CrossEncoder(nn.Module):
             input_ids, attention_mask, token_type_ids: (..., T); with labels (B, n, T), a query with each of its passages.
             labels: (B, n), 1 for the relevant passage, which comes first, 0 for the others.
         """
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        inputs = flattened({"input_ids": input_ids, "attention_mask": attention_mask, **types})
+        inputs = flattened(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         logits = self.model(**inputs).logits.view(*input_ids.shape[:-1], 1)
         if labels is None:
             return RetrievalOutput(logits=logits)
@@ -186,6 +183,6 @@ class CrossEncoder(nn.Module):
         self.model.save_pretrained(folder, **options)  # type: ignore[operator]
 
 
-def flattened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Texts (..., T) -> (texts, T)."""
-    return {name: value.reshape(-1, value.shape[-1]) for name, value in inputs.items()}
+def flattened(**inputs: Tensor | None) -> dict[str, Tensor]:
+    """Texts (..., T) -> (texts, T), of those inputs that there are."""
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in inputs.items() if value is not None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from petiole.attach import given, host_of
 from petiole.errors import ConfigError
 from petiole.tasks.loop import evaluating
-from petiole.tasks.models import Head, empty_model, load_model
+from petiole.tasks.models import Head
 from petiole.tasks.quiet import bar
 from petiole.tasks.retrieval.metrics import Run
 from petiole.tasks.retrieval.model import CrossEncoder, RankingLoss
@@ -101,29 +101,22 @@ class Reranking(Retrieval):
             raise ConfigError(f"negatives = {negatives}: from 1; a reranker learns from what it tells apart")
         self.loss: RankingLoss = loss
 
+    @property
+    def label_names(self) -> Sequence[str]:
+        return ("relevance",)
+
     def build_model(
         self, *, head: Head = "auto", seed: int = 0, dtype: torch.dtype | str = "float32", **options: Any
     ) -> CrossEncoder:
         """As `Task.build_model`, with a head of one logit."""
-        model, notes = load_model(
-            self.auto_model,
-            self.place,
-            label_names=("relevance",),
-            head=head,
-            seed=seed,
-            dtype=dtype,
-            revision=self.revision,
-            options=options,
-        )
-        self._note(*notes)
+        model = super().build_model(head=head, seed=seed, dtype=dtype, **options)
         config: Any = model.config
         if config.pad_token_id is None:  # decoders find the last real token by it
             config.pad_token_id = self.processor.pad_token_id
         return CrossEncoder(model, loss=self.loss).eval()
 
     def empty_model(self) -> CrossEncoder:
-        model = empty_model(self.auto_model, self.place, label_names=("relevance",), revision=self.revision)
-        return CrossEncoder(model, loss=self.loss).eval()
+        return CrossEncoder(super().empty_model(), loss=self.loss).eval()
 
     def texts_of(self, query: str, passages: Sequence[str]) -> tuple[list[str], list[str] | None]:
         return [query] * len(passages), list(passages)

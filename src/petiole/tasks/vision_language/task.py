@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from petiole.attach import site_seed
-from petiole.errors import ConfigError, DataError
+from petiole.errors import ConfigError
+from petiole.tasks.generated import Generated
 from petiole.tasks.loop import batches, evaluating
 from petiole.tasks.metrics import IGNORED, METRICS
 from petiole.tasks.vision_language.features import Features, grid, pixels
@@ -78,7 +79,7 @@ class Pictures(Dataset[dict[str, Any]]):
         return {**row, "image_features": self.kept()[index], "image_boxes": self.boxes}
 
 
-class VisionLanguage:
+class VisionLanguage(Generated[Pictures]):
     """Tasks about generated scenes, told apart by the words they begin with: vqa, nlvr (two pictures each), caption.
 
     Args:
@@ -124,16 +125,6 @@ class VisionLanguage:
         """The backbone with a visual embedding for these features; see `VisionLanguageModel` for options."""
         first = self.encoded("train")[0].get("image_features")
         return VisionLanguageModel(backbone, 1 if first is None else first.shape[-1], **options)
-
-    def encoded(self, split: str) -> Pictures:
-        """A split by name.
-
-        Raises:
-            DataError: there is no such split.
-        """
-        if split not in self.splits:
-            raise DataError(f"no {split} split; there are {', '.join(self.splits)}")
-        return self.splits[split]
 
     def collator(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Rows, of whichever tasks -> a batch. Where some have fewer pictures, `image_mask` says which there are."""
