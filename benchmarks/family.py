@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
 import torch
@@ -185,6 +185,7 @@ class Setting:
         data: as `load_data` takes it. limit: rows of each split at most.
         rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
         options: of the task. make: the task itself, where it is no data set as `load_data` takes one.
+        precision: of training and scoring, as in `Recipe`. Costs are measured in float32 everywhere.
     """
 
     name: str
@@ -197,6 +198,7 @@ class Setting:
     rates: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[[], Task] | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @cached_property
     def task(self) -> Task:
@@ -223,7 +225,7 @@ class Setting:
 
 def run(setting: Setting, entry: Entry, learning_rate: float, seed: int, split: str) -> Line:
     """Train one, and score it on a split."""
-    recipe = Recipe(steps=setting.steps, batch_size=setting.batch_size)
+    recipe = Recipe(steps=setting.steps, batch_size=setting.batch_size, precision=setting.precision)
     model = setting.backbone(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of all new parameters
@@ -239,10 +241,12 @@ def run(setting: Setting, entry: Entry, learning_rate: float, seed: int, split: 
         else:
             by_transformers(model, setting.task, recipe, learning_rate, seed)
         seconds = time.perf_counter() - start
-        score = measured(setting.task.evaluate(model, split, batch_size=64), split)[setting.task.main_metric]
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+            found = setting.task.evaluate(model, split, batch_size=64)
+    score = measured(found, split)[setting.task.main_metric]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = {"score": score, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
-    return {**found, "curve": curve} if curve else found
+    line = {"score": score, "seconds": round(seconds, 2), "trained": count, "learning_rate": learning_rate}
+    return {**line, "curve": curve} if curve else line
 
 
 def by_transformers(model: nn.Module, task: Task, recipe: Recipe, learning_rate: float, seed: int) -> None:

@@ -32,8 +32,8 @@ def settings(data: Path) -> list[Setting]:
     return [
         Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 80),
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120),
-        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows}, rates="trec6"),
-        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows, rates="trec6"),
+        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows}, rates="trec6", precision="bf16"),
+        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows, rates="trec6", precision="bf16"),
     ]  # fmt: skip
 
 

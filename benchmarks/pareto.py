@@ -32,14 +32,24 @@ BEGIN, END = "<!-- pareto -->\n", "<!-- /pareto -->"
 def settings(data: Path, output: Path, only: str) -> list[Setting]:
     text, rows = data / "text", {"validation": 200, "test": 600}
     found = [
-        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 180, rows),
-        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, {"train": 4000, **rows}, rates="trec6"),
-        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 120),
+        Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 180, rows, precision="bf16"),
+        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, {"train": 4000, **rows}, rates="trec6", precision="bf16"),
+        Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 120, precision="bf16"),
     ]  # fmt: skip
     if not only or "t5" in only.split(","):
         model, sentences = small_t5(output)
         scored = {"main_metric": "token_accuracy", "generate": False}
-        found.append(Setting("t5", "small T5, two languages into one", str(model), str(sentences), 240, options=scored))
+        found.append(
+            Setting(
+                "t5",
+                "small T5, two languages into one",
+                str(model),
+                str(sentences),
+                240,
+                options=scored,
+                precision="bf16",
+            )
+        )
     return [setting for setting in found if not only or setting.name in only.split(",")]
 
 
