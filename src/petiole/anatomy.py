@@ -123,6 +123,11 @@ class Block:
         found = (s for s in self.sites if s.role in ("attention", "cross_attention", "mixer", "ffn"))
         return sorted(found, key=lambda site: site.role == "ffn")
 
+    @property
+    def channels_first(self) -> bool:
+        """Whether its hidden state is (B, d, *size), as in convolutional networks."""
+        return any(s.kind == "conv" and not s.within and len(s.kernel) > 1 for s in self.sites)
+
 
 @dataclass(frozen=True)
 class Stack:

@@ -313,8 +313,7 @@ def channels_first(host: Host, site: Site) -> bool:
     if site.kind == "norm":
         return isinstance(host.module(site.path), (nn.GroupNorm, nn.modules.batchnorm._NormBase))
     if site.role == "block":
-        own = host.anatomy.stack(site.stack).blocks[site.depth].sites
-        return any(s.kind == "conv" and not s.within and len(s.kernel) > 1 for s in own)
+        return host.anatomy.stack(site.stack).blocks[site.depth].channels_first
     return site.kind == "conv"
 
 

@@ -263,6 +263,18 @@ def counted(model: nn.Module, under: str) -> dict[str, int]:
     return calls
 
 
+def test_a_skipped_block_is_counted_among_the_hidden_states() -> None:
+    model, batch = net(), tiny.batch("vit")
+    pt.attach(model, pt.DAS(skip=names(1), num_skip=1))
+    with torch.no_grad():
+        found = model(**batch, output_hidden_states=True).hidden_states
+    assert len(found) == 5
+    shift = found[2] - found[1]
+    delta = next(m for m in model.modules() if isinstance(m, Skippable))
+    with torch.no_grad():
+        torch.testing.assert_close(shift, delta.adapter(found[1]))
+
+
 def test_nothing_in_a_skipped_block_is_called() -> None:
     model = net("vit", 3)
     tuned = pt.attach(model, pt.DAS(skip=names(1), bottleneck=3))
@@ -647,6 +659,7 @@ def test_what_can_not_be_searched_is_refused() -> None:
     refused("bloom", "adds the residual by itself", AttachError, unit="sublayer")
     refused("swin", "windows", AttachError)
     refused("resnet", "neither attention nor ffn", AttachError)
+    refused("convnext", "is an image", AttachError)
     refused("t5", "table", AttachError, candidates=names(0), num_skip=0)
     refused("albert", "runs 3 times", AttachError)
     for fields, match in (

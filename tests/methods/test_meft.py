@@ -353,13 +353,20 @@ def test_refuses_more_blocks_than_there_are() -> None:
 
 @pytest.mark.parametrize(
     ("family", "variant", "word"),
-    [("swin", 1, "one width"), ("albert", 1, "each once"), ("t5", 3, "cross_attention"), ("gpt_neox", 3, "block's input"), ("bloom", 3, "residual")],
+    [("swin", 1, "one width"), ("albert", 1, "each once"), ("t5", 3, "cross_attention"), ("gpt_neox", 3, "block's input"), ("bloom", 3, "residual"),
+     ("llava", 1, "between these blocks")],
 )  # fmt: skip
 def test_refuses_backbones(family: str, variant: int, word: str) -> None:
     model = tiny.model(family)
     with pytest.raises(AttachError, match=word):
         pt.attach(model, pt.MEFT(variant=variant))
         model(**tiny.batch(family))
+
+
+@pytest.mark.skipif(bool(tiny.missing("unet")), reason="diffusers is not installed")
+def test_refuses_images_as_hidden_states() -> None:
+    with pytest.raises(AttachError, match="is an image"):
+        pt.attach(tiny.model("unet"), pt.MEFT(stack="mid"))
 
 
 def test_refuses_what_would_lose_gradients() -> None:

@@ -188,8 +188,11 @@ class DAS(Method):
             return f"{site.in_features} features go in and {site.out_features} come out"
         if site.repeats > 1:
             return f"it runs {site.repeats} times in a forward pass"
-        if site.role == "block" and not anatomy.stack(site.stack).blocks[site.depth].sublayers:
+        block = anatomy.stack(site.stack).blocks[site.depth]
+        if site.role == "block" and not block.sublayers:
             return "it has neither attention nor ffn, beside which adapters could stand"
+        if site.role == "block" and block.channels_first:
+            return "its hidden state is an image, (B, d, H, W), which an adapter can't read as it is"
         if site.role == "block":
             return "" if site.path.rpartition(".")[2].isdecimal() else "it stands in no list of blocks"
         if site.exit != site.path and not site.exit.startswith(f"{site.path}."):

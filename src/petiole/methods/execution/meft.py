@@ -144,6 +144,11 @@ class MEFT(Method):
                 f"meft: {stack.name} of {model} is not one run through blocks of one width, each once, which two streams need\n"
                 "name another stack with stack=, or take a method that leaves the blocks as they are"
             )
+        if any(block.channels_first for block in blocks):
+            raise AttachError(
+                f"meft: the hidden state in {stack.name} of {model} is an image, (B, d, H, W), which its adapters can't read\n"
+                "name another stack with stack=, or take a method that leaves the blocks as they are"
+            )
         count = len(blocks) if self.num_reversible is None else self.num_reversible
         if count > len(blocks):
             raise ConfigError(f"MEFT.num_reversible = {count}: {stack.name} of {model} has 0 to {len(blocks)} blocks")

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
 )  # so that whoever counts operations sees none of a trial
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.utils import output_capturing
 
 from petiole.adaptation import Adaptation
 from petiole.attach import Host, Substitute
@@ -34,7 +35,7 @@ from petiole.context import Recollection
 from petiole.errors import AttachError
 from petiole.junction import Junction, of_input, of_output
 from petiole.method import BlockDelta
-from petiole.methods.execution.skipped import is_cache
+from petiole.methods.execution.skipped import CAPTURE, is_cache
 
 Pair = tuple[Tensor, Tensor]
 Put = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]  # a hidden state -> a block's arguments with it
@@ -242,6 +243,7 @@ class Run:
         wide = torch.promote_types(h.dtype, torch.float32)
         self.line, self.h, self.pair, self.at, self.handed = line, h, (h.to(wide), h.to(wide)), 0, h
         self.trained = trained(line, host) if torch.is_grad_enabled() and line.reversible else []
+        refuse_gathered(host)
         self.reversing = bool(self.trained) or (torch.is_grad_enabled() and line.reversible > 0 and h.requires_grad)
         if not self.reversing:
             return
@@ -406,6 +408,20 @@ def trained(line: Line, host: Host) -> list[nn.Parameter]:
     return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
 
+def refuse_gathered(host: Host) -> None:
+    """Raises AttachError: the model itself goes on from hidden states between the blocks, which with two streams mean something else."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    gathered = collector.get() if collector is not None else None
+    within = host.passing()
+    asked = within is not None and within.input("output_hidden_states")
+    asked = asked or getattr(getattr(host.model, "config", None), "output_hidden_states", False)
+    if not asked and gathered is not None and "hidden_states" in gathered:
+        raise AttachError(
+            f"{type(host.model).__name__} goes on from a hidden state between these blocks, which two streams don't have\n"
+            "name another stack with stack=, or keep the blocks ordinary with num_reversible=0"
+        )
+
+
 def refuse(line: Line, host: Host) -> None:
     """What would go wrong silently when blocks are run backwards.
 
@@ -433,7 +449,7 @@ def refuse(line: Line, host: Host) -> None:
         block = next(s.site.path for a in host.adaptations.values() for s in a.slots if s.delta is member)
         for hook in host.module(block)._forward_hooks.values():
             own = isinstance(getattr(hook, "__self__", None), Junction)
-            if not own and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            if not own and getattr(hook, "__module__", "") != CAPTURE:
                 raise AttachError(
                     f"{block} has a forward hook that sees its hidden state, through which no gradient could come back\n"
                     "take it away for training, or keep the blocks ordinary with num_reversible=0"

@@ -28,6 +28,7 @@ Form = list[
     Any
 ]  # of a module's output: HIDDEN alone; or of each part HIDDEN, the number or name of the argument it is, or None
 HIDDEN = "hidden state"
+CAPTURE = "transformers.utils.output_capturing"  # whose hooks gather hidden states from block to block
 
 
 class Skippable(BlockDelta):
@@ -77,10 +78,14 @@ class Skippable(BlockDelta):
         new = self.adapter(h)
         if self.residual:
             new = h + new
-        if self.form == [HIDDEN]:
-            return new
-        given = numbered(args, kwargs)
-        return tuple(new if part == HIDDEN else None if part is None else given[part] for part in self.form[1:])
+        output: Any = new
+        if self.form != [HIDDEN]:
+            given = numbered(args, kwargs)
+            output = tuple(new if part == HIDDEN else None if part is None else given[part] for part in self.form[1:])
+        for hook in block._forward_hooks.values():
+            if getattr(hook, "__module__", "") == CAPTURE:  # a model's hidden states are counted by block
+                hook(block, args, output)
+        return output
 
 
 def form_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> Form:
