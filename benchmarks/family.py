@@ -419,7 +419,7 @@ def table(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], times: Ma
     )
     saved = {line["label"] + line["budget"]: line["saved"] for line in rows[about]}
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
-    order = sorted(range(len(rows[0])), key=lambda i: -statistics.mean([r[i]["mean"] or 0.0 for r in rows]))
+    order = sorted(range(len(rows[0])), key=lambda i: -overall(rows, i))
     for i in order:
         line = rows[about][i]
         key = f"{line['label']}, {line['budget']}"
@@ -436,6 +436,11 @@ def table(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], times: Ma
     return "\n".join(lines)
 
 
+def overall(rows: Sequence[Sequence[Line]], i: int) -> float:
+    """The mean score of a row over the settings that it was trained in."""
+    return statistics.mean([r[i]["mean"] for r in rows if r[i]["mean"] is not None] or [0.0])
+
+
 SHOWN = ("trec6",)  # whose costs stand in the table
 
 
@@ -447,12 +452,7 @@ def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: 
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(line["label"] for line in rows[0]))
-    best = {
-        n: max(
-            statistics.mean([r[i]["mean"] or 0.0 for r in rows]) for i, line in enumerate(rows[0]) if line["label"] == n
-        )
-        for n in names
-    }
+    best = {n: max(overall(rows, i) for i, line in enumerate(rows[0]) if line["label"] == n) for n in names}
     names.sort(key=lambda n: best[n])
     figure, panels = pyplot.subplots(
         1,
@@ -485,7 +485,7 @@ def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: 
             )
         ax.set_yticks(range(len(names)), names)
         ax.set_title(setting.title, fontsize=10, loc="left")
-        ax.set_xlabel("accuracy on test (%), mean ± sd", fontsize=9)
+        ax.set_xlabel(f"{setting.task.main_metric} on test (%), mean ± sd", fontsize=9)
     marks = [
         pyplot.Line2D([], [], marker=m, linestyle="", color="#444444", markerfacecolor=f, markersize=5.5)
         for m, f in (("o", "#444444"), ("s", "white"))
@@ -504,18 +504,18 @@ Studied = tuple[Setting, Sequence[Entry], "Lines"]
 
 
 def report(found: Sequence[Studied], asked: argparse.Namespace, page: Path, peers: Sequence[str]) -> None:
-    """Write the tables of a page, between its marks, and its picture. Rows that aren't done in every setting are left out."""
+    """Write the tables of a page, between its marks, and its picture. What isn't done, or has no place on a backbone, has no figures."""
     chosen = [setting for setting, _, _ in found]
     known = [{entry.key: summary(entry, lines) for entry in entries} for _, entries, lines in found]
     every: dict[str, Line] = {key: line for lines in reversed(known) for key, line in lines.items()}
-    done = [key for key in every if all(r[key]["seeds"] == asked.seeds or r[key]["failed"] for r in known if key in r)]
-    # What has no place on a backbone has no figures there.
+    whole = [{k: line for k, line in r.items() if line["seeds"] == asked.seeds or line["failed"]} for r in known]
+    done = [key for key in every if any(key in r for r in whole)]
     rows = [
         [
             r.get(key) or dict.fromkeys(every[key]) | {"label": every[key]["label"], "budget": every[key]["budget"]}
             for key in done
         ]
-        for r in known
+        for r in whole
     ]
     picture(chosen, rows, peers, page.parent / "images" / f"{page.stem}.png")
     times = dict[str, float]()
