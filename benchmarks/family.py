@@ -77,6 +77,11 @@ class Entry:
         """The next two below the grid."""
         return self._cut(0, -1)
 
+    @property
+    def ladder(self) -> list[float]:
+        """All of these and the upper end of the range, the lowest first."""
+        return self._cut(-1, 0, 1, 2, 3, 4)
+
     def _cut(self, *quarters: int) -> list[float]:
         low, high = self.rates
         return [float(f"{low * (high / low) ** (quarter / 4):.2g}") for quarter in quarters]
@@ -184,6 +189,8 @@ class Setting:
     Attributes:
         data: as `load_data` takes it. limit: rows of each split at most.
         rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
+        climbs: from those rates it goes on to higher ones, as long as validation gains: a head of many classes, which learns at the same
+            rate, may want more.
         options: of the task. make: the task itself, where it is no data set as `load_data` takes one.
         precision: of training and scoring, as in `Recipe`. Costs are measured in float32 everywhere.
     """
@@ -196,6 +203,7 @@ class Setting:
     limit: Mapping[str, int] = field(default_factory=dict)
     batch_size: int = 16
     rates: str = ""
+    climbs: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[[], Task] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -347,12 +355,25 @@ def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines, 
         lines.get(f"{entry.key} | cost", lambda entry=entry: cost(setting, entry))
     for entry in entries:
         rate = searched(setting, entry, lines) if others is None else chosen(entry, others)
+        if setting.climbs and rate is not None:
+            rate = climbed(setting, entry, lines, rate)
         for seed in range(1, seeds + 1):
             if rate is not None:
-                lines.get(
-                    f"{entry.key} | seed {seed}",
-                    lambda entry=entry, seed=seed, rate=rate: run(setting, entry, rate, seed, "test"),
-                )
+                key = f"{entry.key} | seed {seed}"
+                if lines.known.get(key, {}).get("learning_rate", rate) != rate:
+                    del lines.known[key]
+                lines.get(key, lambda entry=entry, seed=seed, rate=rate: run(setting, entry, rate, seed, "test"))
+
+
+def climbed(setting: Setting, entry: Entry, lines: Lines, start: float) -> float | None:
+    """The learning rate before the first that scores no better on validation than the one below it."""
+    best = -math.inf
+    for rate in [rate for rate in entry.ladder if rate >= start]:
+        line = lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
+        if line.get("score", -math.inf) <= best:
+            break
+        best = line.get("score", -math.inf)
+    return chosen(entry, lines)
 
 
 def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:

@@ -29,12 +29,13 @@ LEFT_OUT = {
 def settings(data: Path) -> list[Setting]:
     text = data / "text"
     rows = {"validation": 300, "test": 600}
-    quick: dict[str, Any] = {"rates": "trec6", "precision": "bf16"}
     return [
         Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 80),
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120),
-        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows}, **quick),
-        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows, **quick),
+        Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows},
+                rates="trec6", climbs=True, precision="bf16"),
+        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows,
+                rates="clinc-10", precision="bf16"),
     ]  # fmt: skip
 
 
