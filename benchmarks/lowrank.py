@@ -34,7 +34,7 @@ def settings(data: Path) -> list[Setting]:
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 120),
         Setting("clinc-10", "MiniLM, CLINC150, 10 a class", "petiole:minilm", str(text / "clinc150"), 150, {"train": 1500, **rows},
                 rates="trec6", climbs=True, precision="bf16"),
-        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 200, rows,
+        Setting("clinc-100", "MiniLM, CLINC150, 100 a class", "petiole:minilm", str(text / "clinc150"), 150, rows,
                 rates="clinc-10", precision="bf16"),
     ]  # fmt: skip
 
