@@ -75,6 +75,7 @@ def entries(model: nn.Module) -> Iterator[Entry]:
     budget = family.trained(model, pt.LoRA())
     yield own(pt.FullFineTuning())
     yield own(pt.LoRA())
+    yield own(pt.PrefixTuning())  # a part of MAM
     for slug in (*SIZED, *FACTORS, "hyperformer"):
         if slug not in registry():
             continue
