@@ -33,7 +33,8 @@ def settings(data: Path, output: Path, only: str) -> list[Setting]:
     text, rows = data / "text", {"validation": 200, "test": 600}
     found = [
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 180, rows, precision="bf16"),
-        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, {"train": 4000, "validation": 100, "test": 500}, rates="trec6", precision="bf16"),
+        Setting("sst2", "MiniLM, SST-2", "petiole:minilm", str(text / "sst2"), 120, {"train": 4000, "validation": 100, "test": 500},
+                rates="trec6", precision="bf16"),
         Setting("digits", "ViT, digits", "petiole:vit-cifar10", "sklearn:digits", 120, precision="bf16"),
     ]  # fmt: skip
     if not only or "t5" in only.split(","):
