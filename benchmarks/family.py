@@ -463,10 +463,14 @@ def overall(rows: Sequence[Sequence[Line]], i: int) -> float:
 
 
 SHOWN = ("trec6",)  # whose costs stand in the table
+BROKEN = 0.45  # of the best score in a panel: what is below stands at its edge, as a number
 
 
 def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: Sequence[str], path: Path) -> None:
-    """A panel for each setting, a line for each method: filled at the equal budget, hollow at its own default; bars are one sd."""
+    """A panel for each setting, a line for each method: filled at the equal budget, hollow at its own default; bars are one sd.
+
+    What a training broke stands at the left edge, as a number.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -488,11 +492,16 @@ def picture(settings: Sequence[Setting], rows: Sequence[Sequence[Line]], peers: 
         ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         ax.set_axisbelow(True)
         ax.tick_params(axis="y", length=0, labelsize=9)
+        best_here = max(line["mean"] or 0.0 for line in lines)
         for line in lines:
             if line["mean"] is None:
                 continue
             equal, colour = line["budget"] == EQUAL, "#D55E00" if line["label"] in peers else "#0072B2"
             y = names.index(line["label"]) + (0.12 if equal else -0.12)
+            if line["mean"] < BROKEN * best_here:  # would squeeze all others
+                edge = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+                ax.annotate(f"◂ {100 * line['mean']:.0f}", (0.005, y), color=colour, **edge)
+                continue
             ax.errorbar(
                 100 * line["mean"],
                 y,

@@ -67,8 +67,8 @@ def entries(model: nn.Module) -> Iterator[Entry]:
             yield replace(own(fast, budget=kind), about=own(sized).about, lean=own(sized).put)
     for slug, rank in (("increlora", 8), ("triadaptlora", 8)):
         if slug in pt.method.registry():
-            yield own(growing(slug, rank), budget=EQUAL)
-            yield own(growing(slug, 2), budget="rank 2 on average")
+            yield replace(own(growing(slug, rank), budget=EQUAL), about=f"target_rank={rank}, on q and v")
+            yield replace(own(growing(slug, 2), budget="rank 2 on average"), about="target_rank=2, on q and v")
 
     def lora(rank: int, **more: Any) -> Any:
         return lambda sites, heads: peft.LoraConfig(
