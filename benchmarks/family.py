@@ -191,6 +191,7 @@ class Setting:
         rates: name of the setting whose learning rates are taken, searched for this backbone there; "" to search here.
         climbs: from those rates it goes on to higher ones, as long as validation gains: a head of many classes, which learns at the same
             rate, may want more.
+        confirms: the best rate has to be the best with a second seed, too, in the mean of both; for methods that break with some seeds.
         options: of the task. make: the task itself, where it is no data set as `load_data` takes one.
         precision: of training and scoring, as in `Recipe`. Costs are measured in float32 everywhere.
     """
@@ -204,6 +205,7 @@ class Setting:
     batch_size: int = 16
     rates: str = ""
     climbs: bool = False
+    confirms: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[[], Task] | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -383,17 +385,23 @@ def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
     for rate in entry.lower:
         if chosen(entry, lines) == min(tried(entry, lines), default=None):
             lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
+    confirmed: set[float | None] = {None}
+    while setting.confirms and (best := chosen(entry, lines)) not in confirmed:
+        confirmed.add(best)
+        lines.get(f"{entry.key} | lr {best:g} again", lambda best=best: run(setting, entry, best, AGAIN, "validation"))
     return chosen(entry, lines)
 
 
+AGAIN = 1000  # the second seed of a search
+
+
 def tried(entry: Entry, lines: Lines) -> dict[float, float]:
-    """Scores on validation by learning rate."""
-    mark = f"{entry.key} | lr "
-    return {
-        line["learning_rate"]: line["score"]
-        for key, line in lines.known.items()
-        if key.startswith(mark) and "score" in line
-    }
+    """Scores on validation by learning rate, in the mean where there are several."""
+    mark, found = f"{entry.key} | lr ", dict[float, list[float]]()
+    for key, line in lines.known.items():
+        if key.startswith(mark) and "score" in line:
+            found.setdefault(line["learning_rate"], []).append(line["score"])
+    return {rate: statistics.mean(scores) for rate, scores in found.items()}
 
 
 def chosen(entry: Entry, lines: Lines) -> float | None:
