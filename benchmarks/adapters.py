@@ -45,7 +45,7 @@ def settings(data: Path, output: Path) -> list[Setting]:
         Setting("trec6", "MiniLM, TREC-6", "petiole:minilm", str(text / "trec6"), 100, rows, precision="bf16", confirms=True),
         *(Setting(name, f"MiniLM, {title}", "petiole:minilm", str(text / name), 60, rows, **short)
           for name, title in (("sst2", "SST-2"), ("mr", "MR"), ("subj", "SUBJ"))),
-        Setting("audio", "AST, spoken digits", "", "", 100, precision="bf16", confirms=True, make=lambda: listening(data, output)),
+        Setting("audio", "AST, spoken digits", "", "", 100, precision="bf16", make=lambda: listening(data, output)),
         Setting("cranfield", "MiniLM, Cranfield", "petiole:minilm", "", 100, batch_size=8, rates="trec6", precision="bf16",
                 make=lambda: reranking(data)),
     ]  # fmt: skip
