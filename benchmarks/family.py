@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -301,7 +301,7 @@ def steps(setting: Setting, entries: Sequence[Entry], repeats: int) -> dict[str,
     candidates: dict[str, Callable[[], None]] = {}
     batch = setting.batch()
     for entry in entries:
-        model, _ = ready(setting, entry)
+        model, _ = ready(setting, replace(entry, lean=None))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
         def step(model: nn.Module = model, optimizer: Any = optimizer, entry: Entry = entry) -> None:

@@ -179,17 +179,22 @@ def picture(chosen: Sequence[Setting], found: Sequence[Sequence[Line]], path: Pa
                 linewidth=1.2,
                 zorder=1,
             )
-            for line in points:
-                on = line in best
-                panel.errorbar(line[cost], 100 * line["mean"], yerr=100 * (line["sd"] or 0), fmt="o", markersize=5.5, elinewidth=0.8,
-                               color="#D55E00" if on else "#0072B2", markerfacecolor="#D55E00" if on else "white")  # fmt: skip
-                panel.annotate(
-                    line["label"],
-                    (line[cost], 100 * line["mean"]),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    fontsize=7.5,
+            floor = CLOSE**5 * max(line["mean"] for line in points)  # below it stands a number at the edge
+            for i, line in enumerate(sorted(points, key=lambda r: r[cost])):
+                on, shown = line in best, line["mean"] >= floor
+                colour = "#D55E00" if on else "#0072B2"
+                label, y = (
+                    (line["label"], 100 * line["mean"])
+                    if shown
+                    else (f"{line['label']} {100 * line['mean']:.0f} ▾", 100 * floor)
                 )
+                if shown:
+                    panel.errorbar(line[cost], y, yerr=100 * (line["sd"] or 0), fmt="o", markersize=5.5, elinewidth=0.8,
+                                   color=colour, markerfacecolor=colour if on else "white")  # fmt: skip
+                panel.annotate(label, (line[cost], y), xytext=(4, (5, -11, 13, -19)[i % 4]), textcoords="offset points",
+                               fontsize=7.5, color=colour)  # fmt: skip
+            panel.set_ylim(bottom=100 * floor - 1.5)
+            panel.margins(x=0.2)
             panel.spines[["top", "right"]].set_visible(False)
             panel.set_xscale("log")
             panel.grid(color="#eeeeee")
