@@ -25,6 +25,7 @@ from petiole.method import find
 
 CLOSE = 0.95  # of full fine-tuning's score
 EVALUATIONS = 8
+LOWEST = 0.8  # of the best score in a panel: what is below is written at its edge
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "savings.md"
 BEGIN, END = "<!-- pareto -->\n", "<!-- /pareto -->"
 
@@ -179,21 +180,23 @@ def picture(chosen: Sequence[Setting], found: Sequence[Sequence[Line]], path: Pa
                 linewidth=1.2,
                 zorder=1,
             )
-            floor = CLOSE**5 * max(line["mean"] for line in points)  # below it stands a number at the edge
+            floor = LOWEST * max(line["mean"] for line in points)
+            below = 0
             for i, line in enumerate(sorted(points, key=lambda r: r[cost])):
-                on, shown = line in best, line["mean"] >= floor
-                colour = "#D55E00" if on else "#0072B2"
-                label, y = (
-                    (line["label"], 100 * line["mean"])
-                    if shown
-                    else (f"{line['label']} {100 * line['mean']:.0f} ▾", 100 * floor)
+                colour = "#D55E00" if line in best else "#0072B2"
+                place = {"textcoords": "offset points", "fontsize": 7.5, "color": colour}
+                if line["mean"] < floor:  # would squeeze all others: a number at the edge
+                    text = f"{line['label']} {100 * line['mean']:.0f} ▾"
+                    panel.annotate(text, (line[cost], 100 * floor), xytext=(0, 4 + 11 * below), ha="center", **place)
+                    below += 1
+                    continue
+                panel.errorbar(line[cost], 100 * line["mean"], yerr=100 * (line["sd"] or 0), fmt="o", markersize=5.5, elinewidth=0.8,
+                               color=colour, markerfacecolor=colour if line in best else "white")  # fmt: skip
+                panel.annotate(
+                    line["label"], (line[cost], 100 * line["mean"]), xytext=(4, (5, -11, 13, -19)[i % 4]), **place
                 )
-                if shown:
-                    panel.errorbar(line[cost], y, yerr=100 * (line["sd"] or 0), fmt="o", markersize=5.5, elinewidth=0.8,
-                                   color=colour, markerfacecolor=colour if on else "white")  # fmt: skip
-                panel.annotate(label, (line[cost], y), xytext=(4, (5, -11, 13, -19)[i % 4]), textcoords="offset points",
-                               fontsize=7.5, color=colour)  # fmt: skip
-            panel.set_ylim(bottom=100 * floor - 1.5)
+            if below:
+                panel.set_ylim(bottom=100 * floor - 1)
             panel.margins(x=0.2)
             panel.spines[["top", "right"]].set_visible(False)
             panel.set_xscale("log")
