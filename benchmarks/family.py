@@ -550,7 +550,7 @@ def report(found: Sequence[Studied], asked: argparse.Namespace, page: Path, peer
     done = [key for key in every if any(key in r for r in whole)]
     rows = [
         [
-            r.get(key) or dict.fromkeys(every[key]) | {"label": every[key]["label"], "budget": every[key]["budget"]}
+            r.get(key) or dict.fromkeys(every[key]) | {n: every[key][n] for n in ("label", "budget", "about")}
             for key in done
         ]
         for r in whole
