@@ -367,24 +367,29 @@ def study(setting: Setting, entries: Sequence[Entry], seeds: int, lines: Lines, 
                 lines.get(key, lambda entry=entry, seed=seed, rate=rate: run(setting, entry, rate, seed, "test"))
 
 
+def trial(setting: Setting, entry: Entry, lines: Lines, rate: float) -> Line:
+    """What a learning rate scores on validation, with the first seed of a search."""
+    return lines.get(f"{entry.key} | lr {rate:g}", lambda: run(setting, entry, rate, 0, "validation"))
+
+
 def climbed(setting: Setting, entry: Entry, lines: Lines, start: float) -> float | None:
     """The learning rate before the first that scores no better on validation than the one below it."""
     best = -math.inf
     for rate in [rate for rate in entry.ladder if rate >= start]:
-        line = lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
-        if line.get("score", -math.inf) <= best:
+        score = trial(setting, entry, lines, rate).get("score", -math.inf)
+        if score <= best:
             break
-        best = line.get("score", -math.inf)
+        best = score
     return chosen(entry, lines)
 
 
 def searched(setting: Setting, entry: Entry, lines: Lines) -> float | None:
     """The learning rate that scores best on validation; None where none could be trained."""
     for rate in entry.grid:
-        lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
+        trial(setting, entry, lines, rate)
     for rate in entry.lower:
         if chosen(entry, lines) == min(tried(entry, lines), default=None):
-            lines.get(f"{entry.key} | lr {rate:g}", lambda rate=rate: run(setting, entry, rate, 0, "validation"))
+            trial(setting, entry, lines, rate)
     confirmed: set[float | None] = {None}
     while setting.confirms and (best := chosen(entry, lines)) not in confirmed:
         confirmed.add(best)

@@ -182,13 +182,13 @@ def branches(
                     f"{slug}: block {depth} of {stack.name!r} is not one attention and one ffn after it ({len(found)} {role!r})\n"
                     "task streams can't branch there; name other blocks or another stack"
                 )
-            if beside := [s for s in block.sites if s.role == "linear" and not s.within]:
-                raise AttachError(
-                    f"{slug}: {beside[0].key} is in neither attention nor ffn, as where a block is told a time or a class\n"
-                    "task streams have none of their own to be told; name other blocks or another stack"
-                )
             if any(site.repeats > 1 for site in found):
                 raise AttachError(f"{slug}: {found[0].key} runs several times, so its task streams would be lost")
+        if beside := [s for s in block.sites if s.role == "linear" and not s.within]:
+            raise AttachError(
+                f"{slug}: {beside[0].key} is in neither attention nor ffn, as where a block is told a time or a class\n"
+                "task streams have none of their own to be told; name other blocks or another stack"
+            )
         yield Place(of_role["block"][0], Fork(tasks, depth, depth == len(stack.blocks) - 1))
         yield Place(of_role["attention"][0].at("input"), Narrow(tasks))
         for role in ("o", *FFN):
